@@ -1,0 +1,1 @@
+"""The layout of a checkpoint, its atomic writer, verified reader and retention."""

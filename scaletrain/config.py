@@ -1,0 +1,325 @@
+"""The typed tree that a recipe file decodes to. Strict: a key that nobody knows is an error, at any depth.
+
+This module imports no torch. The options of one objective, or of one type of network, are checked by the `Config` of
+its own module (see `scaletrain.recipe.check`), before a device is touched.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+
+
+class Strict(BaseModel):
+    """A piece of configuration: unknown keys are refused, values are not changed after decoding."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class Open(BaseModel):
+    """A piece whose other keys belong to the module that `type` names, and are checked by that module's `Config`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that this class does not know itself."""
+        return dict(self.model_extra or {})
+
+
+# --- durations --------------------------------------------------------------------------------------------------------
+
+UNITS = ("steps", "epochs", "tokens", "samples")
+
+
+class Duration:
+    """A number with its unit: `2_000 steps`, `3 epochs`, `1e9 tokens`, `50_000 samples`."""
+
+    __slots__ = ("unit", "value")
+
+    def __init__(self, value: float, unit: str):
+        self.value, self.unit = value, unit
+
+    @classmethod
+    def parse(cls, text: object) -> Duration:
+        """Read a duration. Raises ValueError that says how to write one."""
+        if isinstance(text, Duration):
+            return text
+        match = re.fullmatch(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([a-z]+)\s*", str(text))
+        unit = match.group(2) if match else ""
+        unit = unit if unit.endswith("s") else unit + "s"
+        if not match or unit not in UNITS:
+            raise ValueError(f"write a number and a unit, such as `2_000 steps`; units are {', '.join(UNITS)}")
+        value = float(match.group(1).replace("_", ""))
+        if value <= 0 or not math.isfinite(value):
+            raise ValueError("must be more than 0")
+        return cls(value, unit)
+
+    def __str__(self) -> str:
+        number = f"{self.value:_.0f}" if self.value == int(self.value) else repr(self.value)
+        return f"{number} {self.unit}"
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Duration) and (self.value, self.unit) == (other.value, other.unit)
+
+    def __hash__(self) -> int:
+        return hash((self.value, self.unit))
+
+
+DurationField = Annotated[
+    Any,
+    BeforeValidator(Duration.parse),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "pattern": r"^[0-9_.eE+]+ *(steps?|epochs?|tokens?|samples?)$"}),
+]
+
+
+def _steps(text: object) -> Duration:
+    duration = Duration.parse(f"{text} steps" if isinstance(text, int) and not isinstance(text, bool) else text)
+    if duration.unit not in ("steps", "epochs"):
+        raise ValueError("write it in steps or epochs, such as `500 steps`")
+    return duration
+
+
+Interval = Annotated[
+    Any,
+    BeforeValidator(_steps),
+    PlainSerializer(str),
+    WithJsonSchema({"type": ["string", "integer"], "description": "such as `500 steps` or `1 epochs`"}),
+]
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+class ObjectiveSpec(Open):
+    """The family's training rule: `type` names a module of `scaletrain.objectives`; the rest are its options."""
+
+    type: str
+
+
+class AdapterSpec(Strict):
+    """A low-rank adapter over a frozen network, by peft (Hu et al., 2021, LoRA: W + alpha/r · B A)."""
+
+    type: Literal["lora", "rslora", "dora"] = "lora"
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+    """`all-linear`, a regular expression, or a list of module name endings."""
+    train_also: list[str] = []
+    """Names of modules that are trained whole, such as a classification head."""
+
+
+class NetworkSpec(Strict):
+    """How one named network is built. `type` names a module of `scaletrain.networks`.
+
+    path: a local folder or a Hub id with pretrained weights. config: options of the architecture, checked by the module.
+    frozen: it is not trained. adapter: train this instead of the weights. dtype: of frozen weights.
+    from: weights of another network, `stage:NAME/NETWORK` of this run or `run:FOLDER/NETWORK` of another.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    type: str | None = None
+    path: str | None = None
+    config: dict[str, Any] = {}
+    adapter: AdapterSpec | None = None
+    frozen: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    source: str | None = Field(None, alias="from", pattern=r"^(stage:[^/]+/[^/]+|run:.+/[^/]+)$")
+
+
+class OptimizerSpec(Strict):
+    """An optimiser and its figures; a key that the chosen type does not have is refused."""
+
+    type: Literal[
+        "sgd", "adagrad", "rmsprop", "adam", "adamw", "adafactor", "lion", "muon",
+        "adam8bit", "adamw8bit", "lion8bit", "paged_adamw8bit",
+    ] = "adamw"  # fmt: skip
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    """Not applied to biases, norms and other vectors."""
+    betas: tuple[float, float] | None = None
+    eps: float | None = Field(None, gt=0)
+    momentum: float | None = Field(None, ge=0, lt=1)
+    nesterov: bool | None = None
+    alpha: float | None = Field(None, gt=0, lt=1)
+
+
+class ScheduleSpec(Strict):
+    """How the learning rate changes with the updates of a player; warm-up is linear, from 0, for all types."""
+
+    type: Literal[
+        "constant", "linear", "cosine", "wsd", "inverse_sqrt", "polynomial", "one_cycle", "plateau"
+    ] = "constant"  # fmt: skip
+    warmup_steps: int = Field(0, ge=0)
+    final: float = Field(0.0, ge=0, le=1)
+    """Factor of the peak rate at the end (linear, cosine, wsd, polynomial, one_cycle) or the floor (plateau)."""
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """wsd: share of the updates at the end during which the rate falls."""
+    power: float = Field(2.0, gt=0)
+    """polynomial."""
+    patience: int = Field(3, ge=1)
+    """plateau: evaluations without a better metric before the rate falls."""
+    factor: float = Field(0.5, gt=0, lt=1)
+    """plateau: what the rate is multiplied by."""
+
+
+class EMASpec(Strict):
+    """An exponential moving average of a player's weights; evaluation, samples, exports and later stages use it."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    warmup: bool = True
+    """Use min(decay, (1 + updates) / (10 + updates)), so that early averages forget the initial weights."""
+
+
+class ScalerSpec(Strict):
+    """Loss scaling under fp16: dynamic (halve on overflow, double after `interval` good updates), static or off."""
+
+    type: Literal["dynamic", "static", "off"] = "dynamic"
+    initial: float = Field(65536.0, gt=0)
+    interval: int = Field(2000, ge=1)
+    minimum: float = Field(1.0, gt=0)
+
+
+class PlayerSpec(Strict):
+    """What one player trains and how."""
+
+    networks: list[str] | None = None
+    """Names of its networks; by default the network with the player's own name."""
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    clip: float | None = Field(None, gt=0)
+    """Largest global norm of the gradient; none by default."""
+    ema: EMASpec | None = None
+    scaler: ScalerSpec = ScalerSpec()
+
+
+def _source(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _sources(value: object) -> object:
+    return [_source(v) for v in value] if isinstance(value, list) else [_source(value)] if value is not None else None
+
+
+class SourceSpec(Strict):
+    """Where rows come from. A plain string stands for its `path`."""
+
+    path: str
+    """A file, a glob, a folder, any fsspec URL, a Hub id, or `sklearn:digits`."""
+    type: Literal["parquet", "jsonl", "csv", "text", "images", "arrow", "hub", "sklearn"] | None = None
+    """Inferred from the path when it is left out."""
+    columns: dict[str, str] = {}
+    """Role to column, such as {text: sentence, label: gold}; by default a role's column has its name."""
+    rows: int | None = Field(None, ge=1)
+    """Take the first so many."""
+    split: str | None = None
+    """Of a Hub data set or a `DatasetDict`."""
+
+
+Sources = Annotated[list[SourceSpec], BeforeValidator(_sources)]
+
+
+class DataSpec(Strict):
+    """Data for training and evaluation, and how rows become batches."""
+
+    train: Sources
+    eval: Annotated[Union[list[SourceSpec], None], BeforeValidator(_sources)] = None
+    holdout: float = Field(0.0, ge=0, lt=1)
+    """Share of the training rows that are set aside for evaluation when `eval` is not given."""
+    seq_len: int | None = Field(None, ge=2)
+    packing: bool = False
+    workers: int | None = Field(None, ge=0)
+    """Processes that prepare batches; by default none for data in memory, up to 4 where files are decoded."""
+    seed: int | None = None
+    """Of the order; by default the recipe's seed."""
+
+
+class TrainSpec(Strict):
+    """How long and how."""
+
+    duration: DurationField = Duration(1000, "steps")
+    global_batch: int = Field(32, ge=1)
+    """Samples (packs, when packing) per update, over all processes and accumulation."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Samples per forward pass of one process; by default the global batch divided by the processes."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    recompute: bool = False
+    """Activation checkpointing: recompute each block's activations in the backward pass."""
+
+
+class CheckpointSpec(Strict):
+    """When to save, what to keep."""
+
+    every: Interval | None = None
+    """By default ten times in a run. The end of a stage and a signal always save."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep; the last of a stage is always kept."""
+    best: str | None = None
+    """Keep the best by this evaluation metric too, such as `loss` or `accuracy`."""
+
+
+LOWER_IS_BETTER = ("loss", "perplexity", "error", "distance", "rmse", "nats", "bits", "fid")
+
+
+class EvaluateSpec(Strict):
+    """When to evaluate and draw samples, and when to stop for want of progress."""
+
+    every: Interval | None = None
+    """By default at the end of a stage only."""
+    batch: int | None = Field(None, ge=1)
+    """Samples per forward pass; by default the micro-batch."""
+    samples: int = Field(64, ge=0)
+    """How many samples to draw at each evaluation; 0 for none."""
+    metric: str = "loss"
+    """What patience, `plateau` and `checkpoint.best` look at."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many evaluations without a better metric."""
+
+    @staticmethod
+    def better(metric: str, new: float, old: float) -> bool:
+        """Say whether `new` is better; losses, errors and distances are better when they are lower."""
+        lower = any(word in metric for word in LOWER_IS_BETTER)
+        return new < old if lower else new > old
+
+
+class LogSpec(Strict):
+    """What is written while a run goes on."""
+
+    every: int = Field(10, ge=1)
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+
+
+class StageSpec(Open):
+    """One part of a run: a name, and what differs from the recipe in this part."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+
+
+class Recipe(Strict):
+    """A whole recipe. `stages` holds overrides; `scaletrain.recipe.stages` gives the resolved recipe of each."""
+
+    seed: int = Field(0, ge=0)
+    objective: ObjectiveSpec
+    networks: dict[str, NetworkSpec] = {}
+    players: dict[str, PlayerSpec] = {}
+    data: DataSpec
+    train: TrainSpec = TrainSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    log: LogSpec = LogSpec()
+    stages: list[StageSpec] = []
+
+    @model_validator(mode="after")
+    def _unique_stages(self) -> Recipe:
+        names = [s.name for s in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError("two stages have the same name")
+        return self

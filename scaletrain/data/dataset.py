@@ -1,0 +1,65 @@
+"""What stands between rows and batches: a `Dataset` knows examples by number, and how examples become a batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+Example = dict[str, Any]
+
+
+class Dataset(ABC):
+    """Examples by number. Prepared once before training; everything random is drawn from the generator it is given.
+
+    Instances are sent to worker processes: keep large arrays in numpy or torch tensors, which fork shares.
+    """
+
+    decodes: bool = False
+    """Whether `example` does enough work (decoding files, augmentation) to deserve worker processes."""
+    tokens_per_example: float | None = None
+    """Mean number of tokens, where the word has a meaning; durations in tokens need it."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of examples in an epoch."""
+
+    @abstractmethod
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """Return example `index`, augmented with `rng`, which is a function of the sample's position alone.
+
+        Raises UserError that names the row when it cannot be decoded.
+        """
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Return a batch of CPU tensors, first dimension the example."""
+
+    def name(self, index: int) -> str:
+        """Say which row an example comes from, for messages."""
+        return f"example {index}"
+
+
+class TensorDataset(Dataset):
+    """Examples that are already rows of equally long tensors: {name: (N, ...)}."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        lengths = {len(t) for t in tensors.values()}
+        if len(lengths) != 1:
+            raise ValueError(f"tensors of different lengths: { {k: len(v) for k, v in tensors.items()} }")
+        self.tensors = tensors
+        self._length = lengths.pop()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """Return the rows with this number."""
+        return {name: tensor[index] for name, tensor in self.tensors.items()}
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Stack."""
+        return {name: torch.stack([e[name] for e in examples]) for name in self.tensors}

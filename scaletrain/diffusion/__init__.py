@@ -1,0 +1,1 @@
+"""What several diffusion objectives share: paths, predictions, solvers."""

@@ -1,0 +1,158 @@
+"""The interface of a model family. One file beside this one for each: a `Config` and a final class `Objective`.
+
+An objective names the networks, says in which turns they are trained and on what loss, and how to evaluate and sample.
+It knows no optimiser, no rank, no device and no engine. The life of one:
+
+1. `Objective(config, recipe)`: check what the recipe alone can tell; raise UserError.
+2. `prepare(rows)`: read, check and tokenise the data; after it, `networks()` can say vocabulary, classes, image shape.
+   Where there is a checkpoint and no data (sample, export), `restore(folders)` takes the place of `prepare`.
+3. `counts`, `loss`, `after_update` in the loop; `evaluate`, `sample` between; `report` once at the end of the run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from scaletrain.config import NetworkSpec, Recipe, Strict
+from scaletrain.player import Batch, Player, Term, Turn
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from scaletrain.data.dataset import Dataset
+    from scaletrain.data.sources import Rows
+
+C = TypeVar("C", bound=Strict)
+
+Networks = Mapping[str, "nn.Module"]
+"""By name. Those that the turn trains are wrapped by the engine: get gradients only through `networks[name](...)`.
+The others are plain modules, without gradients to their parameters."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a run, once prepared."""
+
+    train: Dataset
+    eval: Dataset | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. `generator` lives on the device of the networks; `prompts` for families that take text."""
+
+    count: int
+    generator: torch.Generator
+    prompts: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was drawn: pictures (N, C, H, W) float in [0, 1], or texts, or points (N, D)."""
+
+    images: torch.Tensor | None = None
+    texts: list[str] | None = None
+    points: torch.Tensor | None = None
+    rows: int | None = None
+    """Pictures to a row of the grid."""
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A whole run, as its final report sees it: the data, and every stage's networks (EMA weights where kept)."""
+
+    folder: Path
+    stages: tuple[str, ...]
+    data: Data
+    device: torch.device
+    seed: int
+    network: Callable[[str, str], nn.Module]
+    """(stage, network) -> that network as the stage left it, in evaluation mode, without gradients."""
+    options: Callable[[str], Mapping[str, Any]]
+    """(stage) -> the options of its objective."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The end of a run in figures: for the terminal (`text`), and files in the run folder by name."""
+
+    text: str
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pictures: dict[str, Samples] = field(default_factory=dict)
+
+
+class Objective(ABC, Generic[C]):
+    """A family's training rule over named networks. Subclasses are final and called `Objective`."""
+
+    turns: tuple[Turn, ...] = (Turn("train", "model"),)
+    """The schedule. Set it in `__init__` when it depends on options."""
+    throughput: ClassVar[str] = "samples"
+    """The unit, among those of `counts` or `samples`, that the progress line gives per second."""
+
+    def __init__(self, config: C, recipe: Recipe):
+        self.config = config
+        self.recipe = recipe
+
+    @abstractmethod
+    def prepare(self, train: Rows, eval: Rows | None) -> Data:
+        """Turn rows into examples. Called on every rank with the same rows; cached work is shared through files.
+
+        Raises UserError that names the column, file or row.
+        """
+
+    def restore(self, folders: Mapping[str, Path]) -> None:  # noqa: B027
+        """Take what `prepare` found out (a tokenizer, say) from the networks' folders of a checkpoint."""
+
+    def save_assets(self, network: str, folder: Path) -> None:  # noqa: B027
+        """Write what belongs beside a network's weights (a tokenizer, say) into its folder."""
+
+    @abstractmethod
+    def networks(self) -> dict[str, NetworkSpec]:
+        """Return every network of the recipe, completed by what the data told: vocabulary, classes, image shape.
+
+        `networks.<name>.type` and `config` may be left out of a recipe where the family has a default.
+        """
+
+    @abstractmethod
+    def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
+        """Return how many of each unit a micro-batch has. The batch is on the CPU."""
+
+    @abstractmethod
+    def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return the terms of this turn's loss. torch's global generators are seeded by position before the call."""
+
+    def after_update(self, player: Player, networks: Networks) -> None:  # noqa: B027
+        """Do what follows an update: target networks, weight clipping, codebooks. Not called when it was skipped."""
+
+    def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return terms of one evaluation micro-batch, without gradients; by default the loss of the first turn.
+
+        Each term is summed over the evaluation set and divided once. `loss`, where there is one, is what patience and
+        `checkpoint.best` look at by default.
+        """
+        return self.loss(self.turns[0], networks, batch)
+
+    def conclude(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Add what follows from the divided sums, such as a perplexity."""
+        return metrics
+
+    def sample(self, networks: Networks, request: Request) -> Samples | None:
+        """Draw samples without gradients, or None for a family that has nothing to show."""
+        return None
+
+    def report(self, view: RunView) -> Report | None:
+        """Judge the run as a whole after its last stage (the last stage's objective is asked), or None."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the family carries from step to step: tensors and JSON values. The same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take back what `state_dict` returned."""
