@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
@@ -118,7 +118,8 @@ class AdapterSpec(Strict):
 class NetworkSpec(Strict):
     """How one named network is built. `type` names a module of `scaletrain.networks`.
 
-    path: a local folder or a Hub id with pretrained weights. config: options of the architecture, checked by the module.
+    path: a local folder or a Hub id with pretrained weights. config: options of the architecture, checked by the
+    module of `type`.
     frozen: it is not trained. adapter: train this instead of the weights. dtype: of frozen weights.
     from: weights of another network, `stage:NAME/NETWORK` of this run or `run:FOLDER/NETWORK` of another.
     """
@@ -230,7 +231,7 @@ class DataSpec(Strict):
     """Data for training and evaluation, and how rows become batches."""
 
     train: Sources
-    eval: Annotated[Union[list[SourceSpec], None], BeforeValidator(_sources)] = None
+    eval: Annotated[list[SourceSpec] | None, BeforeValidator(_sources)] = None
     holdout: float = Field(0.0, ge=0, lt=1)
     """Share of the training rows that are set aside for evaluation when `eval` is not given."""
     seq_len: int | None = Field(None, ge=2)

@@ -73,6 +73,8 @@ class Player:
     updates: int = 0
     skipped: int = 0
     base_lrs: list[float] = field(default_factory=list)
+    optimizer_bytes: int = 0
+    """What the optimiser's state will come to, for the plan."""
 
     def set_lr(self) -> None:
         """Set the learning rate of every group for the update that comes next."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 Example = dict[str, Any]
@@ -38,6 +39,11 @@ class Dataset(ABC):
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Return a batch of CPU tensors, first dimension the example."""
 
+    def batch(self, indices: Sequence[int], seeds: npt.NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+        """Return the batch of these examples; `seeds` has one seed for each. Override it where one call can do all."""
+        generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds.tolist()]
+        return self.collate([self.example(i, g) for i, g in zip(indices, generators, strict=True)])
+
     def name(self, index: int) -> str:
         """Say which row an example comes from, for messages."""
         return f"example {index}"
@@ -57,9 +63,14 @@ class TensorDataset(Dataset):
         return self._length
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
-        """Return the rows with this number."""
+        """Return the row with this number."""
         return {name: tensor[index] for name, tensor in self.tensors.items()}
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Stack."""
         return {name: torch.stack([e[name] for e in examples]) for name in self.tensors}
+
+    def batch(self, indices: Sequence[int], seeds: npt.NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+        """Take the rows at once."""
+        rows = torch.as_tensor(indices)
+        return {name: tensor[rows] for name, tensor in self.tensors.items()}

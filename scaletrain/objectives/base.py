@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from scaletrain.config import NetworkSpec, Recipe, Strict
+from scaletrain.errors import UserError
 from scaletrain.player import Batch, Player, Term, Turn
 
 if TYPE_CHECKING:
@@ -106,10 +107,10 @@ class Objective(ABC, Generic[C]):
         Raises UserError that names the column, file or row.
         """
 
-    def restore(self, folders: Mapping[str, Path]) -> None:  # noqa: B027
+    def restore(self, folders: Mapping[str, Path]) -> None:
         """Take what `prepare` found out (a tokenizer, say) from the networks' folders of a checkpoint."""
 
-    def save_assets(self, network: str, folder: Path) -> None:  # noqa: B027
+    def save_assets(self, network: str, folder: Path) -> None:
         """Write what belongs beside a network's weights (a tokenizer, say) into its folder."""
 
     @abstractmethod
@@ -127,7 +128,7 @@ class Objective(ABC, Generic[C]):
     def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the terms of this turn's loss. torch's global generators are seeded by position before the call."""
 
-    def after_update(self, player: Player, networks: Networks) -> None:  # noqa: B027
+    def after_update(self, player: Player, networks: Networks) -> None:
         """Do what follows an update: target networks, weight clipping, codebooks. Not called when it was skipped."""
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
@@ -154,5 +155,21 @@ class Objective(ABC, Generic[C]):
         """Return what the family carries from step to step: tensors and JSON values. The same on every rank."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` returned."""
+
+
+def completed(recipe: Recipe, name: str, type: str, **found: Any) -> NetworkSpec:
+    """Return `networks.<name>` of a recipe with `type` where it names none, and with what the data told as its config.
+
+    Raises UserError when the recipe's config says something else.
+    """
+    spec = recipe.networks.get(name, NetworkSpec())
+    for key, value in found.items():
+        given = spec.config.get(key, value)
+        if given != value:
+            raise UserError(
+                f"networks.{name}.config.{key} is {given!r}, but the data and the objective make it {value!r}: "
+                f"leave it out"
+            )
+    return spec.model_copy(update={"type": spec.type or type, "config": {**spec.config, **found}})

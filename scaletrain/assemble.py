@@ -1,0 +1,104 @@
+"""From a stage's recipe to its data, networks and players."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scaletrain.config import NetworkSpec, PlayerSpec, Recipe
+from scaletrain.data.order import key_of
+from scaletrain.data.sources import Rows, open_rows, split_holdout
+from scaletrain.engine.precision import build_scaler
+from scaletrain.errors import UserError
+from scaletrain.networks.build import build
+from scaletrain.objectives.base import Data, Objective
+from scaletrain.optim.ema import EMA
+from scaletrain.optim.optimizers import build_optimizer, state_bytes
+from scaletrain.optim.schedules import build_schedule
+from scaletrain.player import Player, Turn
+from scaletrain.shelf import Shelf
+
+
+def prepare(objective: Objective[Any], recipe: Recipe) -> Data:
+    """Open the data and let the objective make examples of it."""
+    train = open_rows(recipe.data.train)
+    held: Rows | None = None
+    if recipe.data.eval is not None:
+        held = open_rows(recipe.data.eval)
+    elif recipe.data.holdout:
+        seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
+        train, held = split_holdout(train, recipe.data.holdout, seed)
+    return objective.prepare(train, held)
+
+
+def build_networks(
+    specs: Mapping[str, NetworkSpec], shelf: Shelf, checkpoint: Path | None, device: torch.device, *seed: object
+) -> dict[str, nn.Module]:
+    """Build every network of a stage on the device. New weights are a function of (seed, network's name).
+
+    checkpoint: the one to resume from, if any.
+    """
+    networks = {}
+    for name, spec in specs.items():
+        torch.manual_seed(key_of(*seed, "weights", name))
+        saved = checkpoint / "networks" / name if checkpoint else None
+        saved = saved if saved and saved.is_dir() else None  # frozen networks are not saved
+        base = shelf.base(spec) if saved is None or spec.adapter else None
+        module = build(name, spec, base, saved).to(device)
+        module.train(not spec.frozen)
+        networks[name] = module
+    return networks
+
+
+def recompute(name: str, module: nn.Module) -> None:
+    """Switch activation checkpointing on: the library's own, or around each block of the network's lists."""
+    if hasattr(module, "gradient_checkpointing_enable"):
+        module.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(module, "enable_input_require_grads") and hasattr(module, "peft_config"):
+            module.enable_input_require_grads()
+        return
+    from torch.utils.checkpoint import checkpoint
+
+    blocks = [b for part in module.modules() if isinstance(part, nn.ModuleList) for b in part]
+    if not blocks:
+        raise UserError(f"train.recompute: network `{name}` has no list of blocks to recompute; set it to false.")
+    for block in blocks:
+        forward = block.forward
+        block.forward = lambda *a, _forward=forward, **k: checkpoint(_forward, *a, use_reentrant=False, **k)
+
+
+def updates_of(player: str, turns: tuple[Turn, ...], steps: int) -> int:
+    """Return how often a player is updated in so many steps."""
+    return sum(t.repeats * -(-steps // t.every) for t in turns if t.player == player)
+
+
+def build_players(
+    recipe: Recipe, networks: Mapping[str, nn.Module], turns: tuple[Turn, ...], steps: int
+) -> dict[str, Player]:
+    """Build the players of a stage. Raises UserError when one has nothing to train."""
+    players = {}
+    for name in dict.fromkeys(t.player for t in turns):
+        spec = recipe.players.get(name, PlayerSpec())
+        own = {n: networks[n] for n in (spec.networks or [name])}
+        trainable = {f"{n}/{k}": p for n, m in own.items() for k, p in m.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise UserError(f"players.{name} has nothing to train: every network of {', '.join(own)} is frozen.")
+        optimizer = build_optimizer(spec.optimizer, trainable, own.values(), f"players.{name}.optimizer")
+        players[name] = Player(
+            name=name,
+            networks=own,
+            trainable=trainable,
+            optimizer=optimizer,
+            schedule=build_schedule(spec.schedule, updates_of(name, turns, steps)),
+            clip=spec.clip,
+            scaler=build_scaler(spec.scaler, recipe.train.precision),
+            ema=EMA(trainable, spec.ema) if spec.ema else None,
+            base_lrs=[group["lr"] for group in optimizer.param_groups],
+            optimizer_bytes=state_bytes(spec.optimizer, trainable),
+        )
+    return players

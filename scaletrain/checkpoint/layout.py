@@ -1,0 +1,44 @@
+"""Where everything stands in a run folder.
+
+recipe.yaml  metrics.jsonl  summary.json  samples/
+step-00001000/
+  manifest.json             facts, and every file with bytes and SHA-256
+  networks/<name>/          weights of each trained network in its library's layout
+  training/<player>.safetensors   optimiser state and EMA, by `kind/network/parameter`
+  training/objective.safetensors  what the family carries, where it does
+  training/state.json       counters, schedules, scalers, progress
+latest -> step-00001000     best -> step-00000800
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+STATE = "training/state.json"
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Return where the checkpoint of a step stands."""
+    return root / f"step-{step:08d}"
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Return the finished checkpoints, oldest first."""
+    found = [(int(m.group(1)), p) for p in root.glob("step-*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+    return [p for _, p in sorted(found)]
+
+
+def point(link: Path, target: str) -> None:
+    """Make a symbolic link point to `target`, atomically."""
+    temporary = link.with_name(f".{link.name}.new")
+    temporary.unlink(missing_ok=True)
+    os.symlink(target, temporary)
+    os.replace(temporary, link)

@@ -1,0 +1,88 @@
+"""Reading checkpoints: nothing is trusted before its bytes are verified, and no pickle is ever read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from scaletrain.checkpoint.layout import FORMAT, MANIFEST, STATE, checkpoints
+from scaletrain.checkpoint.writer import sha256
+from scaletrain.errors import UserError
+
+log = logging.getLogger("scaletrain")
+
+
+def verify(folder: Path) -> list[str]:
+    """Check a checkpoint against its manifest. Returns what is wrong, one line each; nothing when it is whole."""
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return [f"{MANIFEST}: missing"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST}: cannot be read ({error})"]
+    faults = []
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name}: missing")
+        elif path.stat().st_size != expected["bytes"]:
+            faults.append(f"{name}: {path.stat().st_size} bytes instead of {expected['bytes']}")
+        elif sha256(path) != expected["sha256"]:
+            faults.append(f"{name}: its bytes changed (SHA-256 differs)")
+    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    faults += [f"{name}: not in the manifest" for name in sorted(present - set(files) - {MANIFEST})]
+    return faults
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a verified checkpoint. Raises UserError for a format of another version."""
+    content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    if content["format"] != FORMAT:
+        raise UserError(f"{folder}: checkpoint format {content['format']}; this version reads format {FORMAT}.")
+    return content
+
+
+def newest(root: Path) -> Path | None:
+    """Return the newest checkpoint that verifies, and say which ones were passed over; None when there is none at all.
+
+    Raises UserError when there are checkpoints and every one is damaged.
+    """
+    found = checkpoints(root)
+    for path in reversed(found):
+        faults = verify(path)
+        if not faults:
+            return path
+        log.warning("%s is damaged and is passed over: %s", path, "; ".join(faults))
+    if found:
+        raise UserError(f"No checkpoint in {root} verifies. Start anew in another folder with --run NAME.")
+    return None
+
+
+def stage_end(root: Path, stage: str) -> Path | None:
+    """Return the checkpoint in which a stage of a run ended, if it has."""
+    for path in reversed(checkpoints(root)):
+        facts = manifest(path)
+        if facts["stage"] == stage and facts["complete"]:
+            return path
+    return None
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """Return the counters and progress of a checkpoint."""
+    content: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return content
+
+
+def average(folder: Path, network: str) -> dict[str, Any]:
+    """Return a network's EMA parameters by name, from whichever player keeps one; empty when none does."""
+    from safetensors import safe_open
+
+    prefix = f"ema/{network}/"
+    for path in sorted((folder / "training").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
+        if found:
+            return found
+    return {}

@@ -1,0 +1,77 @@
+"""Labels as class ids: whole numbers as they are, or names in sorted order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from scaletrain.data.sources import Rows
+from scaletrain.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set. named: labels are names, id `i` stands for `names[i]`; else labels are the ids."""
+
+    names: tuple[str, ...]
+    named: bool
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def find(cls, rows: Rows, column: str, count: int | None = None) -> Classes:
+        """Find the classes of a column; `count` is the number that the recipe declares.
+
+        Names are sorted, as numbers where all of them are. Ids are 0 to `count` - 1, or to the largest id that occurs.
+        Raises UserError that names a row whose label is neither a name nor an id, or is out of range.
+        """
+        labels = list(rows.column(column))
+        named = isinstance(labels[0], str)
+        for i, label in enumerate(labels):
+            _check(rows, i, column, label, named)
+        if not named:
+            largest = int(np.argmax(labels))
+            if count is not None and labels[largest] >= count:
+                raise UserError(_out_of_range(rows, largest, column, labels[largest], count))
+            return cls(tuple(map(str, range(count or int(labels[largest]) + 1))), named=False)
+        found = sorted(set(labels), key=int if all(map(str.isdecimal, labels)) else str)
+        if count is not None and len(found) > count:
+            i = labels.index(found[count])
+            raise UserError(
+                f"{rows.name(i)}: `{column}` {found[count]!r} is class {count + 1} of {len(found)}, more than the "
+                f"{count} that num_classes declares: {', '.join(map(repr, found[: count + 1]))}, ..."
+            )
+        return cls(tuple(map(str, found)), named=True)
+
+    def encode(self, rows: Rows, column: str) -> npt.NDArray[np.int64]:
+        """Return the ids of a column, (N,). Raises UserError that names the row whose label is no class."""
+        ids = {name: i for i, name in enumerate(self.names)}
+        out = np.empty(len(rows), np.int64)
+        for i, label in enumerate(rows.column(column)):
+            _check(rows, i, column, label, self.named)
+            if self.named and label not in ids:
+                raise UserError(
+                    f"{rows.name(i)}: `{column}` {str(label)!r} is no class of the training data."
+                    f"{did_you_mean(label, self.names)}"
+                )
+            out[i] = ids[label] if self.named else label
+            if out[i] >= len(self.names):
+                raise UserError(_out_of_range(rows, i, column, label, len(self.names)))
+        return out
+
+
+def _check(rows: Rows, index: int, column: str, label: object, named: bool) -> None:
+    """Refuse what is no label, or not of the kind of the others."""
+    valid = isinstance(label, str) if named else isinstance(label, int | np.integer) and not isinstance(label, bool)
+    if not valid:
+        kind = "the name of a class, as in the other rows" if named else "a class id (a whole number from 0)"
+        raise UserError(f"{rows.name(index)}: `{column}` is {label!r}, not {kind}")
+    if not named and label < 0:  # type: ignore[operator]
+        raise UserError(f"{rows.name(index)}: `{column}` is {label}; class ids start at 0")
+
+
+def _out_of_range(rows: Rows, index: int, column: str, label: object, count: int) -> str:
+    return f"{rows.name(index)}: `{column}` is {label}, out of range: there are {count} classes, 0 to {count - 1}"

@@ -1,0 +1,219 @@
+"""From a source's path and type to its tables: what is there, of which format, and how each format is opened."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from scaletrain.config import SourceSpec
+from scaletrain.data.tables import ArrayTable, ArrowTable, DocumentTable, File, JsonLinesTable, ParquetTable, Table
+from scaletrain.errors import UserError, did_you_mean
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "parquet": (".parquet", ".pq"),
+    "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"),
+    "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
+    "text": (".txt", ".txt.gz"),
+    "images": IMAGES,
+    "arrow": (".arrow",),
+}
+SKLEARN = ("breast_cancer", "digits", "iris", "wine")
+SAVED = ("dataset_dict.json", "state.json")
+"""A folder that has one of these was written by `save_to_disk` of the `datasets` library."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
+
+
+def open_tables(spec: SourceSpec) -> list[Table]:
+    """Open one source. Raises UserError that names the path, file or line."""
+    kind = spec.type or _infer(spec.path)
+    if spec.split and kind not in ("arrow", "hub"):
+        raise UserError(f"`{spec.path}` is of type {kind}, which has no splits: leave `split` out")
+    return _OPEN[kind](spec)
+
+
+def _infer(path: str) -> str:
+    """Return the type of a source from its path and, for a folder, from the names in it."""
+    if path.startswith("sklearn:"):
+        return "sklearn"
+    fs, root = _file_system(path)
+    if fs.isdir(root) and any(fs.exists(f"{root}/{name}") for name in SAVED):
+        return "arrow"
+    # `data/trian` beside a folder `data` is a slip of the pen and no Hub id.
+    if _HUB_ID.fullmatch(path) and not _suffix_types([path]) and not fs.exists(os.path.dirname(root)):
+        return "hub"
+    types = _suffix_types([f.path for f in _files(path)])
+    if len(types) != 1:
+        found = f"files of several types ({', '.join(types)})" if types else "no file whose name tells its type"
+        raise UserError(
+            f"`{path}`: {found}. Say which one by `type`, one of {', '.join(_OPEN)}; types by name are "
+            + "; ".join(f"{kind} ({', '.join(suffixes)})" for kind, suffixes in SUFFIXES.items())
+        )
+    return types[0]
+
+
+def _suffix_types(paths: Sequence[str]) -> list[str]:
+    return [kind for kind, suffixes in SUFFIXES.items() if any(p.lower().endswith(suffixes) for p in paths)]
+
+
+def _file_system(path: str) -> tuple[Any, str]:
+    import fsspec
+
+    try:
+        fs, root = fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
+        raise UserError(f"`{path}` cannot be opened: {error}") from error
+    return fs, root
+
+
+def _files(path: str, kind: str | None = None) -> list[File]:
+    """Return the files of a path, a glob or a folder (those of one type, if given), sorted by name.
+
+    In folders, names that start with `.` or `_` are passed over. Raises UserError when there is none.
+    """
+    fs, root = _file_system(path)
+    tried = "" if "://" in path or os.path.isabs(path) else f" (tried {root})"
+    try:
+        if fs.isfile(root):
+            return [File(fs, root)]
+        if fs.isdir(root):
+            inside = (p for p in fs.find(root) if not re.search(r"/[._]", p[len(root) :]))
+            names = [p for p in inside if kind is None or p.lower().endswith(SUFFIXES[kind])]
+            missing = f"`{path}` has no files" + (f" of type {kind} ({', '.join(SUFFIXES[kind])})" if kind else "")
+        elif glob.has_magic(root):
+            names, missing = [p for p in fs.glob(root) if fs.isfile(p)], f"no file matches `{path}`{tried}"
+        else:
+            names, missing = [], f"`{path}` is not there{tried}"
+    except OSError as error:
+        raise UserError(f"`{path}` cannot be read: {error}") from error
+    if not names:
+        raise UserError(missing)
+    return [File(fs, name) for name in sorted(names)]
+
+
+def _parquet(spec: SourceSpec) -> list[Table]:
+    return [ParquetTable(f) for f in _files(spec.path, "parquet")]
+
+
+def _jsonl(spec: SourceSpec) -> list[Table]:
+    return [JsonLinesTable(f) for f in _files(spec.path, "jsonl")]
+
+
+def _csv(spec: SourceSpec) -> list[Table]:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    tables: list[Table] = []
+    for file in _files(spec.path, "csv"):
+        content = pa.BufferReader(file.content())
+        parse = csv.ParseOptions(delimiter="\t" if ".tsv" in file.path.lower() else ",", newlines_in_values=True)
+        try:
+            # One thread, because only then does a message give the number of the row.
+            table = csv.read_csv(content, csv.ReadOptions(use_threads=False), parse)
+        except pa.ArrowException as error:
+            raise UserError(f"`{file.label}`: {error}") from error
+        tables.append(ArrowTable(file.label, table, [file], file.folder))
+    return tables
+
+
+def _text(spec: SourceSpec) -> list[Table]:
+    files = _files(spec.path, "text")
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.content().decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"`{file.label}` is not UTF-8 text: {error}") from error
+    if not any(map(str.strip, texts)):
+        raise UserError(f"`{spec.path}` has no text in it")
+    return [DocumentTable(spec.path, files, {"text": texts})]
+
+
+def _images(spec: SourceSpec) -> list[Table]:
+    files = _files(spec.path, "images")
+    values = {"image": [f.label for f in files]}
+    fs, root = _file_system(spec.path)
+    if fs.isdir(root):
+        parts = [f.path[len(root) :].strip("/").split("/") for f in files]
+        if len({len(p) > 1 for p in parts}) > 1:
+            loose = next(f for f, p in zip(files, parts, strict=True) if len(p) == 1)
+            raise UserError(
+                f"`{spec.path}` has pictures in folders, one for each class, and beside them `{loose.label}`"
+            )
+        if len(parts[0]) > 1:
+            values["label"] = [p[0] for p in parts]
+    return [DocumentTable(spec.path, files, values)]
+
+
+def _arrow(spec: SourceSpec) -> list[Table]:
+    import datasets
+
+    fs, root = _file_system(spec.path)
+    if not fs.isdir(root):
+        return [t for f in _files(spec.path) for t in _dataset(spec, partial(datasets.Dataset.from_file, f.path))]
+    return _dataset(spec, lambda: datasets.load_from_disk(spec.path))
+
+
+def _hub(spec: SourceSpec) -> list[Table]:
+    import datasets
+
+    name, _, config = spec.path.partition(":")
+    return _dataset(spec, lambda: datasets.load_dataset(name, config or None))
+
+
+def _dataset(spec: SourceSpec, load: Callable[[], Any]) -> list[Table]:
+    """Make a table of what the `datasets` library loads, whose data stay mapped from disk."""
+    import datasets
+    import fsspec
+
+    try:
+        found = load()
+    except Exception as error:  # the library lets through what its many back ends raise
+        reason = (str(error).splitlines() or [""])[0]
+        here = f"is no file or folder (tried {os.path.abspath(spec.path)}) and " if _HUB_ID.fullmatch(spec.path) else ""
+        raise UserError(f"`{spec.path}` {here}could not be loaded: {type(error).__name__}: {reason}") from error
+    if isinstance(found, datasets.DatasetDict):
+        split = spec.split or (next(iter(found)) if len(found) == 1 else "")
+        if split not in found:
+            wrong = f"no split `{split}`.{did_you_mean(split, found)}" if split else "several splits"
+            raise UserError(f"`{spec.path}` has {wrong} Choose one by `split`: {', '.join(found)}")
+        found = found[split]
+    elif spec.split:
+        raise UserError(f"`{spec.path}` is one data set without splits: leave `split` out")
+    local = fsspec.filesystem("file")
+    files = [File(local, f["filename"]) for f in found.cache_files]
+    return [
+        ArrowTable(spec.path, found.with_format("arrow")[:], files, os.path.dirname(files[0].path) if files else "")
+    ]
+
+
+def _sklearn(spec: SourceSpec) -> list[Table]:
+    from sklearn import datasets
+
+    name = spec.path.removeprefix("sklearn:")
+    if name not in SKLEARN:
+        raise UserError(f"`{spec.path}`: no such bundled set.{did_you_mean(name, SKLEARN)}")
+    bunch = getattr(datasets, f"load_{name}")()
+    if name == "digits":  # 17 levels of grey, to the 256 of a picture
+        arrays = {"image": np.rint(bunch.images * (255 / 16)).astype(np.uint8), "label": bunch.target}
+    else:
+        arrays = {"features": bunch.data.astype(np.float32), "label": np.asarray(bunch.target_names)[bunch.target]}
+    return [ArrayTable(spec.path, arrays)]
+
+
+_OPEN: dict[str, Callable[[SourceSpec], list[Table]]] = {
+    "parquet": _parquet,
+    "jsonl": _jsonl,
+    "csv": _csv,
+    "text": _text,
+    "images": _images,
+    "arrow": _arrow,
+    "hub": _hub,
+    "sklearn": _sklearn,
+}

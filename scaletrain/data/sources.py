@@ -1,0 +1,196 @@
+"""Rows by number from files, globs, folders, URLs, Hub ids and scikit-learn's bundled sets.
+
+`open_rows` turns the sources of a recipe into one `Rows`: every row can be read by number, can say where it stands in
+the user's files, and the whole has a fingerprint of its content. What is in a file is for `readers` and `tables`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import Any, final
+
+import numpy as np
+
+from scaletrain.config import SourceSpec
+from scaletrain.data.order import key_of, permutation
+from scaletrain.data.readers import open_tables
+from scaletrain.data.tables import Table
+from scaletrain.errors import UserError, did_you_mean
+
+
+@final
+class Column(Sequence[Any]):
+    """One column of `Rows`: values by row number, read when asked for."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]], indices: np.ndarray | None):
+        self._parts = list(parts)
+        self._starts = [0, *accumulate(len(p) for p in self._parts)]
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return self._starts[-1] if self._indices is None else len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        if self._indices is not None:
+            i = int(self._indices[i])
+        part = bisect_right(self._starts, i) - 1
+        return self._parts[part][i - self._starts[part]]
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._indices is None:
+            return chain.from_iterable(self._parts)
+        return (self[i] for i in range(len(self)))
+
+
+@final
+class Rows:
+    """Rows by number, from one or more tables that have some columns in common.
+
+    tables: none empty. roles: for each table, role to column; a role takes the place of its column's own name.
+    indices: (N,) int64, the rows of the concatenated tables that are meant, in order; all by default.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[Table],
+        roles: Sequence[dict[str, str]] | None = None,
+        indices: np.ndarray | None = None,
+    ):
+        self._tables = list(tables)
+        self._roles = list(roles) if roles is not None else [{} for _ in self._tables]
+        self._starts = [0, *accumulate(len(t) for t in self._tables)]
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return self._starts[-1] if self._indices is None else len(self._indices)
+
+    def _names(self, table: int) -> tuple[str, ...]:
+        """Return the columns of one table under the names of their roles."""
+        roles = self._roles[table]
+        return (*roles, *(c for c in self._tables[table].columns if c not in roles and c not in roles.values()))
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that all tables have, by the name of their role where they have one."""
+        common = set.intersection(*(set(self._names(t)) for t in range(len(self._tables))))
+        return tuple(c for c in self._names(0) if c in common)
+
+    def require(self, role: str, why: str) -> str:
+        """Return the name under which `column` and `row` give a role.
+
+        why: what the role is for, for the message, such as `the class of an image`. Raises UserError that names the
+        source and its columns when there is no such column.
+        """
+        if role in self.columns:
+            return role
+        table = next(t for t in range(len(self._tables)) if role not in self._names(t))
+        names = self._names(table)
+        hint = did_you_mean(role, names) if names else ""
+        listed = ", ".join(f"`{c}`" for c in names)
+        raise UserError(
+            f"`{self._tables[table].label}` has no column `{role}` ({why}); it has {listed}."
+            f"{hint if 'mean' in hint else ''} Say which one it is by `columns: {{{role}: COLUMN}}` of the source."
+        )
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Return a whole column, (N,), read when asked for. Raises UserError when there is no such column."""
+        self.require(name, "asked for by name")
+        parts = [t.column(r.get(name, name)) for t, r in zip(self._tables, self._roles, strict=True)]
+        return parts[0] if len(parts) == 1 and self._indices is None else Column(parts, self._indices)
+
+    @cached_property
+    def _columns(self) -> dict[str, Sequence[Any]]:
+        return {name: self.column(name) for name in self.columns}
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return one row as column name to value; None where a row lacks a value."""
+        return {name: column[index] for name, column in self._columns.items()}
+
+    def _locate(self, index: int) -> tuple[Table, int]:
+        i = range(len(self))[index]
+        if self._indices is not None:
+            i = int(self._indices[i])
+        table = bisect_right(self._starts, i) - 1
+        return self._tables[table], i - self._starts[table]
+
+    def name(self, index: int) -> str:
+        """Say where a row stands: `train.jsonl line 17` (from 1), `train.parquet row 3` (from 0), `cats/1.png`."""
+        table, i = self._locate(index)
+        return table.name(i)
+
+    def folder(self, index: int) -> str:
+        """Return the folder that relative paths in a row start from: that of its file; '' is the working directory."""
+        return self._locate(index)[0].folder
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> Rows:
+        """Return the rows with these numbers, in this order."""
+        chosen = np.asarray(indices, np.int64)
+        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(self)):
+            raise IndexError(f"row numbers {chosen.min()} to {chosen.max()} of {len(self)} rows")
+        return Rows(self._tables, self._roles, chosen if self._indices is None else self._indices[chosen])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content: the bytes of every file, the roles and the chosen rows; not of paths or dates."""
+        digest = hashlib.sha256()
+        for table, roles in zip(self._tables, self._roles, strict=True):
+            digest.update(f"{table.digest} {len(table)} {sorted(roles.items())}\n".encode())
+        if self._indices is not None:
+            digest.update(np.ascontiguousarray(self._indices, "<i8").tobytes())
+        return digest.hexdigest()
+
+
+def open_rows(specs: Sequence[SourceSpec]) -> Rows:
+    """Open the sources of a recipe and put their rows one after the other.
+
+    Raises UserError that names the path, file, line or column: nothing there, broken, empty, fewer rows than asked
+    for, a column that is not there, roles that only some of the sources have.
+    """
+    tables: list[Table] = []
+    roles: list[dict[str, str]] = []
+    chosen: list[np.ndarray] = []
+    start = 0
+    for spec in specs:
+        found = [t for t in open_tables(spec) if len(t)]
+        total = sum(len(t) for t in found)
+        if not total:
+            raise UserError(f"`{spec.path}` has no rows")
+        if spec.rows is not None and spec.rows > total:
+            raise UserError(f"`{spec.path}` has {total:,} rows, fewer than `rows: {spec.rows}` asks for")
+        for table in found:
+            for role, column in spec.columns.items():
+                if column not in table.columns:
+                    raise UserError(
+                        f"`{table.label}` has no column `{column}`, which `columns` gives for `{role}`."
+                        f"{did_you_mean(column, table.columns)}"
+                    )
+        tables += found
+        roles += [spec.columns] * len(found)
+        chosen.append(start + np.arange(total if spec.rows is None else spec.rows))
+        start += total
+    rows = Rows(tables, roles, None if sum(map(len, chosen)) == start else np.concatenate(chosen))
+    for role in dict.fromkeys(chain.from_iterable(roles)):
+        rows.require(role, "another source of the same list has it")
+    return rows
+
+
+def split_holdout(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    """Return (train, eval): `share` of the rows set aside, chosen by `seed` alone; each part in the order of the files.
+
+    Raises UserError when one of the parts would be empty.
+    """
+    held = round(share * len(rows))
+    if not 0 < held < len(rows):
+        raise UserError(
+            f"`data.holdout` of {share} sets {held} of {len(rows)} rows aside; both parts need at least one"
+        )
+    chosen = np.zeros(len(rows), bool)
+    chosen[permutation(len(rows), key_of(seed, "holdout"))[:held]] = True
+    return rows.select(np.flatnonzero(~chosen)), rows.select(np.flatnonzero(chosen))

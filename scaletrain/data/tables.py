@@ -1,0 +1,302 @@
+"""The ways in which rows are kept: one final `Table` each. What a file's name and type mean is in `readers`."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, NamedTuple, final
+
+import numpy as np
+
+from scaletrain.errors import UserError
+
+
+class File(NamedTuple):
+    """One file of an fsspec file system, local or remote."""
+
+    fs: Any
+    path: str
+
+    @property
+    def local(self) -> bool:
+        """Whether it can be opened and mapped by its path."""
+        return "file" in self.fs.protocol
+
+    @property
+    def label(self) -> str:
+        """The path, for messages and for opening it again; relative when it is below the working directory."""
+        if not self.local:
+            return str(self.fs.unstrip_protocol(self.path))
+        relative = os.path.relpath(self.path)
+        return self.path if relative.startswith("..") else relative
+
+    @property
+    def folder(self) -> str:
+        """What relative paths in the file start from."""
+        return self.label.rpartition("/")[0]
+
+    def content(self) -> bytes:
+        """Read it whole, decompressed when its name ends in .gz. Raises UserError that names it."""
+        try:
+            content: bytes = self.fs.cat_file(self.path)
+            return gzip.decompress(content) if self.path.endswith(".gz") else content
+        except (OSError, EOFError) as error:
+            raise UserError(f"`{self.label}` cannot be read: {error}") from error
+
+    def digest(self) -> str:
+        """Hash its bytes; of a remote file, take the store's own version token (its ETag, or date and size)."""
+        if not self.local:
+            return str(self.fs.ukey(self.path))
+        digest = hashlib.sha256()
+        with open(self.path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+def digest_of(files: Sequence[File]) -> str:
+    """Hash the bytes of several files, whatever their names."""
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(repr(list(pool.map(File.digest, files))).encode()).hexdigest()
+
+
+class Table(ABC):
+    """Rows of one origin, which hold no open file, so that worker processes can take a copy.
+
+    label: what messages call it. columns: in order. folder: what relative paths in its values start from.
+    """
+
+    label: str
+    columns: tuple[str, ...]
+    folder: str = ""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    @abstractmethod
+    def column(self, name: str) -> Sequence[Any]:
+        """Return one column: random access, values decoded when asked for."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """Hash of the content, not of paths and dates."""
+
+    def name(self, index: int) -> str:
+        """Say where a row stands."""
+        return f"{self.label} row {index}"
+
+
+@final
+class ArrayTable(Table):
+    """Columns that are numpy arrays in memory, first dimension the row."""
+
+    def __init__(self, label: str, arrays: Mapping[str, np.ndarray]):
+        self.label, self.columns, self._arrays = label, tuple(arrays), dict(arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays[self.columns[0]])
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Return the array itself."""
+        return self._arrays[name]  # type: ignore[return-value]  # an array is a sequence in all that is used
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of names and values."""
+        digest = hashlib.sha256()
+        for name, values in self._arrays.items():
+            digest.update(f"{name} {values.dtype} {values.shape}".encode() + np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+
+@final
+class DocumentTable(Table):
+    """One row for each file, such as its text, or the path of a picture and the name of its class."""
+
+    def __init__(self, label: str, files: list[File], values: Mapping[str, list[str]]):
+        self.label, self.columns, self._files, self._values = label, tuple(values), files, dict(values)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Return the list itself."""
+        return self._values[name]
+
+    def name(self, index: int) -> str:
+        """Return the path of the file."""
+        return self._files[index].label
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the files' bytes and, where they have one, of their classes."""
+        return hashlib.sha256(f"{digest_of(self._files)} {self._values.get('label')}".encode()).hexdigest()
+
+
+@final
+class ArrowColumn(Sequence[Any]):
+    """A pyarrow ChunkedArray as a sequence of Python values."""
+
+    def __init__(self, values: Any):
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self._values[index].to_pylist()
+        return self._values[int(index)].as_py()
+
+    def __iter__(self) -> Iterator[Any]:
+        for chunk in self._values.chunks:
+            for start in range(0, len(chunk), 4096):
+                yield from chunk.slice(start, 4096).to_pylist()
+
+
+@final
+class ArrowTable(Table):
+    """Columns in Arrow's layout, in memory or mapped. files: what they were read from."""
+
+    def __init__(self, label: str, table: Any, files: Sequence[File], folder: str = ""):
+        self.label, self.folder, self.columns = label, folder, _distinct(label, table.column_names)
+        self._table, self._files = table, tuple(files)
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Return a view of the column."""
+        return ArrowColumn(self._table[name])
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the files' bytes."""
+        return digest_of(self._files)
+
+
+@final
+class ParquetTable(Table):
+    """A Parquet file, of which a column is read into memory when it is first asked for."""
+
+    def __init__(self, file: File):
+        self.label, self.folder, self._file = file.label, file.folder, file
+        self._read: dict[str, ArrowColumn] = {}
+        names, self._length = self._reading(lambda p: (p.schema_arrow.names, p.metadata.num_rows))
+        self.columns = _distinct(self.label, names)
+
+    def _reading(self, action: Callable[[Any], Any]) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            if self._file.local:
+                return action(pq.ParquetFile(self._file.path, memory_map=True))
+            with self._file.fs.open(self._file.path, "rb") as stream:
+                return action(pq.ParquetFile(stream))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"`{self.label}` cannot be read as Parquet: {error}") from error
+
+    def __len__(self) -> int:
+        return int(self._length)
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Read a column. Raises UserError when its pages are broken."""
+        if name not in self._read:
+            self._read[name] = ArrowColumn(self._reading(lambda p: p.read(columns=[name]))[name])
+        return self._read[name]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the file's bytes."""
+        return self._file.digest()
+
+
+@final
+class JsonLinesTable(Table):
+    """One JSON object to a line, kept as bytes and parsed when asked for, so that values stay exactly as written.
+
+    (Arrow would give every object of a column the union of their keys.) Every line is parsed once at the start. Raises
+    UserError that names the line. Lines that are empty are no rows; a key that a line lacks is None.
+    """
+
+    def __init__(self, file: File):
+        self.label, self.folder, self._file = file.label, file.folder, file
+        self._numbers, self._starts, self._ends = array("q"), array("q"), array("q")
+        mapped = file.local and not file.path.endswith(".gz") and os.path.getsize(file.path) > 0
+        content = b"" if mapped else file.content()
+        self._content: np.ndarray = np.memmap(file.path, np.uint8, "r") if mapped else np.frombuffer(content, np.uint8)
+        columns: dict[str, None] = {}
+        end = 0
+        with open(file.path, "rb") if mapped else io.BytesIO(content) as stream:
+            for number, line in enumerate(stream, 1):
+                start, end = end, end + len(line)
+                if line.strip():
+                    columns.update(dict.fromkeys(self._parse(line, number)))
+                    self._numbers.append(number)
+                    self._starts.append(start)
+                    self._ends.append(end)
+        self.columns = tuple(columns)
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.label} line {number} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            shown = line.decode().strip()[:60]
+            raise UserError(f"{self.label} line {number} is not a JSON object in braces: {shown}")
+        return value
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def parse(self, index: int) -> dict[str, Any]:
+        """Return one row as it is in the file."""
+        return self._parse(self._content[self._starts[index] : self._ends[index]].tobytes(), self._numbers[index])
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Return the values of one key."""
+        return JsonColumn(self, name)
+
+    def name(self, index: int) -> str:
+        """Say which line, counted from 1 as editors do."""
+        return f"{self.label} line {self._numbers[index]}"
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the file's bytes."""
+        return self._file.digest()
+
+
+@final
+class JsonColumn(Sequence[Any]):
+    """One key of a JSON Lines file."""
+
+    def __init__(self, table: JsonLinesTable, key: str):
+        self._table, self._key = table, key
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._table.parse(range(len(self))[index]).get(self._key)
+
+
+def _distinct(label: str, names: Sequence[str]) -> tuple[str, ...]:
+    for name in names:
+        if list(names).count(name) > 1:
+            raise UserError(f"`{label}` has two columns `{name}`: rename one")
+    return tuple(names)

@@ -1,0 +1,62 @@
+"""The interface of an engine: how players' networks are wrapped, accumulated, scaled, clipped and stepped."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from scaletrain.engine.world import World
+from scaletrain.player import Outcome, Player
+
+
+class Engine(ABC):
+    """One way of holding networks on one or many processes. The trainer knows only this."""
+
+    name: str
+
+    def __init__(self, world: World, precision: str):
+        self.world, self.precision = world, precision
+
+    @abstractmethod
+    def prepare(self, players: Iterable[Player], networks: Mapping[str, nn.Module]) -> None:
+        """Take over the networks, on the device already, before the first use."""
+
+    @abstractmethod
+    def view(self, player: Player) -> Mapping[str, nn.Module]:
+        """Return what a turn of `player` sees: its networks wrapped and requiring grad, the others plain and not."""
+
+    @abstractmethod
+    def plain(self) -> Mapping[str, nn.Module]:
+        """Return the networks without wrappers, for evaluation, sampling and saving."""
+
+    @abstractmethod
+    def accumulate(self, player: Player, last: bool) -> AbstractContextManager[None]:
+        """Return the context of a micro-batch: gradients are reduced over processes at the last one only."""
+
+    @abstractmethod
+    def backward(self, player: Player, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss that is already divided by the global count and multiplied by the world size."""
+
+    @abstractmethod
+    def update(self, player: Player) -> Outcome:
+        """Unscale, agree on overflow over all ranks, clip and step; leave gradients at none.
+
+        When a gradient is not finite, nothing is stepped, on any rank.
+        """
+
+    @abstractmethod
+    def synchronise_statistics(self) -> None:
+        """Make statistics that each process gathered on its own (BatchNorm's) the same on all."""
+
+    @abstractmethod
+    def state(self, player: Player) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return the player's optimiser and EMA by parameter name: tensors, and JSON values."""
+
+    @abstractmethod
+    def load(self, player: Player, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Take back what `state` returned, whatever engine and number of processes it came from."""

@@ -1,0 +1,54 @@
+"""An objective's evaluation terms over a whole set: sums over samples and processes, divided once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from scaletrain.config import Recipe
+from scaletrain.data.dataset import Dataset
+from scaletrain.data.loader import passes
+from scaletrain.data.order import key_of
+from scaletrain.engine.precision import autocast
+from scaletrain.engine.world import World
+from scaletrain.objectives.base import Objective
+
+
+def evaluate(
+    objective: Objective[Any],
+    networks: Mapping[str, torch.nn.Module],
+    dataset: Dataset | None,
+    batch: int,
+    recipe: Recipe,
+    world: World,
+) -> dict[str, float]:
+    """Return each term of the evaluation set, summed over ranks and divided once; nothing without such a set."""
+    if dataset is None:
+        return {}
+    sums: dict[str, torch.Tensor] = {}
+    units: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for micro in passes(dataset, batch, world.size, world.rank):
+        torch.manual_seed(key_of(recipe.seed, "evaluate", micro.number))
+        tensors = {name: tensor.to(world.device) for name, tensor in micro.tensors.items()}
+        with torch.no_grad(), autocast(world.device, recipe.train.precision):
+            terms = objective.evaluate(networks, tensors)
+        for unit, number in objective.counts(objective.turns[0], micro.tensors).items():
+            counts[unit] = counts.get(unit, 0) + number
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.sum.double()
+            units[name], weights[name] = term.per, term.weight
+    shares = world.gather(({name: float(value) for name, value in sums.items()}, counts, units, weights))
+    units = {k: v for share in shares for k, v in share[2].items()}
+    weights = {k: v for share in shares for k, v in share[3].items()}
+    metrics = {}
+    for name, unit in units.items():
+        total = sum(share[1].get(unit, 0) for share in shares)
+        metrics[name] = sum(share[0].get(name, 0.0) for share in shares) / total if total else math.nan
+    if any(weights.values()):
+        metrics.setdefault("loss", sum(weights[name] * value for name, value in metrics.items()))
+    return objective.conclude(metrics)

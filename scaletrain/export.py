@@ -1,0 +1,58 @@
+"""Weights in the ecosystem's own layout, proved equal to what was trained before they are called exported."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scaletrain.checkpoint import reader
+from scaletrain.checkpoint.layout import RECIPE
+from scaletrain.config import NetworkSpec
+from scaletrain.errors import UserError
+from scaletrain.finished import FinishedStage
+from scaletrain.networks.build import build, save
+from scaletrain.shelf import Shelf
+
+
+def export_run(folder: Path, destination: Path) -> list[Path]:
+    """Write every trained network of the newest checkpoint, averaged where an average is kept, to `destination/NAME`.
+
+    transformers, diffusers and peft load the folders as they are; each is loaded back and compared, tensor by tensor,
+    before it gets its name. Raises UserError when the destination is not empty, RuntimeError when a tensor differs.
+    """
+    run = FinishedStage.open(folder)
+    if destination.exists() and any(destination.iterdir()):
+        raise UserError(f"{destination} is not empty: choose a new folder.")
+    run.objective.restore({p.name: p for p in (run.checkpoint / "networks").iterdir()})
+    shelf, written = Shelf(folder), []
+    specs = {k: NetworkSpec.model_validate(v) for k, v in reader.manifest(run.checkpoint)["networks"].items()}
+    for name, spec in specs.items():
+        if spec.frozen:
+            continue
+        unproved = destination / f".unproved-{name}"
+        try:
+            module = shelf.open(run.checkpoint, name)
+            save(module, spec, unproved)
+            run.objective.save_assets(name, unproved)
+            base = shelf.base(spec) if spec.adapter else None
+            _compare(name, module, build(name, spec, base, unproved))
+        except BaseException:
+            shutil.rmtree(unproved, ignore_errors=True)
+            raise
+        unproved.rename(destination / name)
+        written.append(destination / name)
+    shutil.copy(folder / RECIPE, destination / RECIPE)
+    return written
+
+
+def _compare(name: str, trained: nn.Module, loaded: nn.Module) -> None:
+    """Raise RuntimeError unless both networks hold the same tensors, bit for bit, and none is empty."""
+    first, second = trained.state_dict(), loaded.state_dict()
+    if first.keys() != second.keys():
+        raise RuntimeError(f"export of {name}: tensors lost or gained: {sorted(first.keys() ^ second.keys())[:8]}")
+    for key, value in first.items():
+        if value.numel() == 0 or not torch.equal(value, second[key]):
+            raise RuntimeError(f"export of {name}: `{key}` is empty or differs after loading it back")

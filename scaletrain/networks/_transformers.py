@@ -1,0 +1,154 @@
+"""What the builders over transformers share: find a model, check its settings, read its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import model_validator
+from torch import nn
+
+from scaletrain.config import Open
+from scaletrain.errors import UserError, did_you_mean
+
+log = logging.getLogger("scaletrain")
+
+
+class TransformersConfig(Open):
+    """Settings of a transformers architecture, under the names of its own configuration class.
+
+    For a new network, `model_type` (llama, gpt2, qwen3, bert ...) is needed; of a pretrained one, settings are changed.
+    """
+
+    model_type: str | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings that are given, without the model_type."""
+        return self.model_dump(exclude={"model_type"}, exclude_unset=True)
+
+    @model_validator(mode="after")
+    def _known(self) -> TransformersConfig:
+        if self.model_type is not None:
+            check_settings(self.options, config_class(self.model_type))
+        return self
+
+
+def config_class(model_type: str) -> type[Any]:
+    """Return the configuration class of an architecture. Raises ValueError with the closest name."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        hint = did_you_mean(model_type, CONFIG_MAPPING.keys())
+        raise ValueError(f"transformers has no `{model_type}`.{hint if 'mean' in hint else ''}")
+    found: type[Any] = CONFIG_MAPPING[model_type]
+    return found
+
+
+def check_settings(settings: dict[str, Any], cls: type[Any]) -> None:
+    """Raise ValueError for a setting that a configuration class does not have."""
+    known = {f.name for f in dataclasses.fields(cls)} | set(cls.attribute_map) | {"attn_implementation", "num_labels"}
+    if "rope_parameters" in known:  # older names, which the library still takes
+        known |= {"rope_theta", "rope_scaling"}
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{cls.model_type} has no setting `{key}`.{did_you_mean(key, known)}")
+
+
+def new_config(config: TransformersConfig) -> Any:
+    """Make the configuration of a new network. Raises UserError for a missing model_type or values that do not fit."""
+    if config.model_type is None:
+        raise UserError(
+            "config.model_type is missing: say which architecture, or give `path` for a pretrained network."
+        )
+    settings = {"attn_implementation": "sdpa", **config.options}
+    try:
+        return config_class(config.model_type)(**settings)
+    except Exception as error:  # the library's validation errors share no narrower base class
+        raise UserError(f"config: {' '.join(str(error).split())}") from error
+
+
+def read_config(path: str, config: TransformersConfig) -> Any:
+    """Read the configuration of a pretrained network and change what the recipe says.
+
+    Raises UserError when there is no such folder or Hub id, or it needs code of its own, or for an unknown setting.
+    """
+    from transformers import AutoConfig
+
+    require_model(path)
+    try:
+        found = AutoConfig.from_pretrained(path)
+        check_settings(config.options, type(found))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(path, error) from error
+    if config.model_type not in (None, found.model_type):
+        raise UserError(f"`{path}` is a {found.model_type}, not the {config.model_type} of `config.model_type`.")
+    for key, value in config.options.items():
+        setattr(found, key, value)
+    return found
+
+
+def require_model(path: str) -> None:
+    """Raise UserError unless `path` is a folder with a `config.json`, or a Hub id that can be read."""
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").exists():
+            raise UserError(f"the folder `{path}` holds no config.json: it is not a network in transformers' layout.")
+        return
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path):
+        raise UserError(f"there is no folder `{path}`, and it does not have the form of a Hub id.")
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return
+    try:
+        model_info(path, timeout=10)
+    except GatedRepoError as error:
+        raise UserError(f"the Hub's `{path}` is gated: accept its terms there and run `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"`{path}` is no folder here and no network on the Hub.") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(f"`{path}` is no folder here, and the Hub cannot be reached to look for it there.") from error
+    except Exception as error:  # httpx's own errors, which are not OSErrors
+        raise UserError(f"`{path}` is no folder here, and the Hub cannot be asked for it: {error}") from error
+
+
+def read_weights(
+    auto: type[Any], path: str, config: TransformersConfig, dtype: torch.dtype, new_head: bool
+) -> nn.Module:
+    """Read a pretrained network.
+
+    auto: the Auto class. new_head: whether weights outside the base network may be missing (then they are drawn from
+    torch's generator, and that is said). Raises UserError, also when the folder holds another kind of network.
+    """
+    settings = read_config(path, config)
+    attention = config.options.get("attn_implementation", "sdpa")
+    try:
+        module, loaded = auto.from_pretrained(
+            path, config=settings, dtype=dtype, attn_implementation=attention,
+            ignore_mismatched_sizes=new_head, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _unreadable(path, error) from error
+    missing = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
+    base = f"{module.base_model_prefix}."
+    wanting = [key for key in missing if key.startswith(base) or not new_head]
+    if wanting:
+        raise UserError(
+            f"`{path}` lacks weights of a {type(module).__name__}, such as {', '.join(wanting[:3])} "
+            f"({len(wanting)} in all): it holds another kind of network."
+        )
+    if missing:
+        log.info("new weights, since `%s` has none that fit: %s", path, ", ".join(missing))
+    return module
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return UserError(f"`{path}` needs code of its own (trust_remote_code), which scaletrain does not run.")
+    return UserError(f"`{path}` cannot be read: {reason}")

@@ -1,0 +1,115 @@
+"""Low-rank adapters by peft: LoRA (Hu et al., 2021), rsLoRA (Kalajdzievski, 2023), DoRA (Liu et al., 2024).
+
+An adapter's folder has peft's own layout; `PeftModel.from_pretrained(base, folder)` reads it as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from scaletrain.config import AdapterSpec, NetworkSpec
+from scaletrain.errors import UserError, did_you_mean
+
+
+def add_adapter(module: nn.Module, spec: AdapterSpec) -> nn.Module:
+    """Put a new adapter over a network: only it requires gradients, with the modules of `train_also`.
+
+    The matrices A are drawn from torch's generator and B is 0, so that the network's output is at first unchanged. A
+    classification head is always trained. Raises UserError for targets that match no module.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _check_names(module, spec)
+    config = LoraConfig(
+        task_type=_task(module),
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        use_rslora=spec.type == "rslora",
+        use_dora=spec.type == "dora",
+        target_modules=spec.targets,
+        modules_to_save=spec.train_also or None,
+        ensure_weight_tying=bool(getattr(getattr(module, "config", None), "tie_word_embeddings", False)),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right, for GPT-2's Conv1D
+        return get_peft_model(module, config)
+
+
+def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
+    """Put a saved adapter over its base network, to be trained on. Raises UserError when it does not fit."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=True)  # type: ignore[arg-type]
+        except (ValueError, RuntimeError, UserWarning) as error:
+            raise UserError(f"the adapter in {folder} does not fit this network: {error}") from error
+
+
+def load_merged(factory: ModuleType, spec: NetworkSpec, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """Build the network that an adapter's folder was trained over, with the adapter merged into its weights.
+
+    factory: the module of `scaletrain.networks` that `spec.type` names. Raises UserError when the base is not known.
+    """
+    from peft import PeftConfig
+
+    path = spec.path or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not path:
+        raise UserError(f"the adapter in {folder} does not say which network it belongs to: give the network's `path`.")
+    adapted: Any = load_adapter(factory.load(path, factory.Config(**spec.config), dtype), folder)
+    merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+    return merged
+
+
+def save(module: nn.Module, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write an adapter in peft's layout. state: takes the place of the module's own state dict (an EMA)."""
+    module.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
+
+
+def _task(module: nn.Module) -> str | None:
+    """Return peft's name of the task, by which it finds heads and passes inputs on."""
+    if type(module).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    return "CAUSAL_LM" if getattr(module, "can_generate", bool)() else None
+
+
+def _check_names(module: nn.Module, spec: AdapterSpec) -> None:
+    """Raise UserError for a target, or a module to train also, that names nothing; peft would leave it out."""
+    names = [name for name, _ in module.named_modules() if name]
+
+    def fail(key: str, word: str) -> None:
+        # Blocks repeat: show each ending once.
+        endings = list(
+            dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit())
+        )
+        hint = did_you_mean(word, endings)
+        raise UserError(
+            f"adapter.{key}: no module is called `{word}`.{hint if 'mean' in hint else ''} "
+            f"There are {', '.join(f'`{e}`' for e in endings)}."
+        )
+
+    def ends(name: str, word: str) -> bool:
+        return name == word or name.endswith(f".{word}")
+
+    if isinstance(spec.targets, str) and spec.targets != "all-linear":
+        try:
+            if not any(re.fullmatch(spec.targets, name) for name in names):
+                fail("targets", spec.targets)
+        except re.error as error:
+            raise UserError(f"adapter.targets: `{spec.targets}` is no regular expression: {error}.") from error
+    lists = {"targets": [] if isinstance(spec.targets, str) else spec.targets, "train_also": spec.train_also}
+    for key, words in lists.items():
+        for word in words:
+            if not any(ends(name, word) for name in names):
+                fail(key, word)
+    if spec.targets == []:
+        raise UserError("adapter.targets is an empty list: name modules, or `all-linear`.")

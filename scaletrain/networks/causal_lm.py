@@ -1,0 +1,32 @@
+"""Causal language models of transformers: new from the values of a configuration, or pretrained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scaletrain.networks._transformers import TransformersConfig, new_config, read_config, read_weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+__all__ = ["Config", "build", "load", "new_config", "read_config"]
+
+
+class Config(TransformersConfig):
+    """Settings of the architecture, such as `{model_type: llama, hidden_size: 256, num_hidden_layers: 4}`."""
+
+
+def build(config: Config) -> nn.Module:
+    """Build a new network; its weights are drawn from torch's generator."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(new_config(config))
+
+
+def load(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
+    """Read a pretrained network from a folder or the Hub. Raises UserError that names it."""
+    from transformers import AutoModelForCausalLM
+
+    return read_weights(AutoModelForCausalLM, path, config, dtype, new_head=False)

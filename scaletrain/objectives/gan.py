@@ -1,0 +1,106 @@
+"""Generative adversarial networks: a critic that tells real pictures from made ones, a generator that misleads it.
+
+Goodfellow et al. (2014), with the networks of Radford et al. (2016) by default.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, final
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from scaletrain.config import NetworkSpec, Recipe
+from scaletrain.data.images import ImageOptions
+from scaletrain.data.sources import Rows
+from scaletrain.errors import UserError
+from scaletrain.objectives import base
+from scaletrain.objectives.base import Data, Networks, Request, Samples, completed
+from scaletrain.player import Batch, Term, Turn
+
+
+class Config(ImageOptions):
+    """Options of `objective` for `type: gan`."""
+
+    latent: int = Field(100, ge=1)
+    """Length of the noise vector, drawn from N(0, 1)."""
+    loss: Literal["non_saturating", "hinge"] = "non_saturating"
+    """Goodfellow et al. (2014), section 3, or Lim and Ye (2017)."""
+    critic_repeats: int = Field(1, ge=1)
+    """Updates of the critic for each one of the generator."""
+    real_target: float = Field(1.0, gt=0.5, le=1)
+    """non_saturating: what the critic is to answer for real pictures; 0.9 is one-sided label smoothing (Salimans et
+    al., 2016, section 3.4)."""
+
+
+@final
+class Objective(base.Objective[Config]):
+    """Train `critic` and `generator` in turn on the column `image`."""
+
+    throughput: ClassVar[str] = "images"
+
+    def __init__(self, config: Config, recipe: Recipe):
+        super().__init__(config, recipe)
+        if config.loss == "hinge" and config.real_target != 1:
+            raise UserError("objective.real_target has no meaning for the hinge loss: leave it out")
+        self.turns = (Turn("critic", "critic", config.critic_repeats), Turn("generator", "generator"))
+
+    def prepare(self, train: Rows, eval: Rows | None) -> Data:
+        """Decode the pictures. Raises UserError that names the row."""
+        first, held = self.config.open(train, eval)
+        self._shape = first.shape
+        return Data(first, held)
+
+    def networks(self) -> dict[str, NetworkSpec]:
+        """Return both networks, which are told the shape of a picture."""
+        channels, height, width = self._shape
+        shape = {"channels": channels, "height": height, "width": width}
+        return {
+            "generator": completed(self.recipe, "generator", "dcgan_generator", latent=self.config.latent, **shape),
+            "critic": completed(self.recipe, "critic", "dcgan_critic", **shape),
+        }
+
+    def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
+        """Count pictures: as many are made as there are real ones."""
+        return {"images": len(batch["image"])}
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return the critic's loss on real and on made pictures, or the generator's."""
+        real = batch["image"]
+        z = torch.randn(len(real), self.config.latent, device=real.device)
+        if turn.name == "generator":
+            return {"adversarial": Term(self._mislead(networks["critic"](networks["generator"](z))), "images")}
+        with torch.no_grad():
+            made = networks["generator"](z)
+        # Two calls, so that BatchNorm sees real and made pictures apart, as in the paper.
+        told = self._tell(networks["critic"](real), networks["critic"](made))
+        return {"real": Term(told[0], "images"), "made": Term(told[1], "images")}
+
+    def _tell(self, real: torch.Tensor, made: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the critic's sums over logits (B,) of real and of made pictures."""
+        real, made = real.float(), made.float()
+        if self.config.loss == "hinge":
+            return F.relu(1 - real).sum(), F.relu(1 + made).sum()
+        target = torch.full_like(real, self.config.real_target)
+        return F.binary_cross_entropy_with_logits(real, target, reduction="sum"), F.softplus(made).sum()
+
+    def _mislead(self, made: torch.Tensor) -> torch.Tensor:
+        """Return the generator's sum over the critic's logits (B,)."""
+        return -made.float().sum() if self.config.loss == "hinge" else F.softplus(-made.float()).sum()
+
+    def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return both players' losses on held-out pictures."""
+        real = batch["image"]
+        z = torch.randn(len(real), self.config.latent, device=real.device)
+        made = networks["critic"](networks["generator"](z))
+        told = self._tell(networks["critic"](real), made)
+        return {
+            "critic_loss": Term(told[0] + told[1], "images", weight=0.0),
+            "generator_loss": Term(self._mislead(made), "images", weight=0.0),
+        }
+
+    def sample(self, networks: Networks, request: Request) -> Samples:
+        """Draw pictures."""
+        z = torch.randn(request.count, self.config.latent, generator=request.generator, device=request.generator.device)
+        return Samples(images=(networks["generator"](z) + 1) / 2)

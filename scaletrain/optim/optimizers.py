@@ -1,0 +1,212 @@
+"""Optimisers by type, over named parameters: torch's own, bitsandbytes' 8-bit ones, Lion, and Muon beside AdamW."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Muon, Optimizer, RMSprop
+
+from scaletrain.config import OptimizerSpec
+from scaletrain.errors import UserError
+
+Groups = list[dict[str, Any]]
+
+
+def build_optimizer(
+    spec: OptimizerSpec,
+    named: Mapping[str, nn.Parameter],
+    networks: Iterable[nn.Module] = (),
+    key: str = "optimizer",
+) -> Optimizer:
+    """Build the optimiser of a player over its parameters, in the order of `named`.
+
+    Parameters with fewer than two dimensions (biases, norms, scalars) are in a group without weight decay. Decay
+    is decoupled from the gradient in adamw, adafactor, lion and muon, and an L2 term of the gradient in the others.
+    `optimizer.state[parameter]` is a flat dict of tensors and numbers for every type.
+
+    networks: the modules that hold the parameters, unwrapped; muon leaves their embeddings and output heads to AdamW.
+    key: the dotted key of `spec`, for messages. Raises UserError for a figure that the type does not take.
+    """
+    check_optimizer(spec, key)
+    options = _options(spec)
+    try:
+        if spec.type == "muon":
+            return _muon(spec, named, networks, key)
+        cls = _class(spec.type, key)
+        return cls(_groups(named.values(), spec.weight_decay), lr=spec.lr, **options, **_fused(cls, named.values()))
+    except ValueError as error:
+        raise UserError(f"`{key}`: {error}") from error
+
+
+_MOMENTS = {"sgd": 4, "adagrad": 4, "rmsprop": 4, "adafactor": 0, "lion": 4, "muon": 4}
+_BYTES_8BIT = {"adam8bit": 2, "adamw8bit": 2, "lion8bit": 1, "paged_adamw8bit": 2}
+
+
+def state_bytes(spec: OptimizerSpec, named: Mapping[str, nn.Parameter]) -> int:
+    """Return about how many bytes of state an optimiser will hold: two fp32 moments for Adam, one for most others."""
+    each = (_MOMENTS | _BYTES_8BIT).get(spec.type, 8)
+    if spec.type == "sgd" and not spec.momentum:
+        each = 0
+    return each * sum(p.numel() for p in named.values())
+
+
+def check_optimizer(spec: OptimizerSpec, key: str = "optimizer") -> None:
+    """Raise UserError for a figure that the chosen type does not take, or a library that is not installed."""
+    taken = set(inspect.signature(_class(spec.type, key)).parameters)
+    if spec.type == "muon":
+        taken |= {"betas"}
+    for name in _options(spec):
+        if name not in taken:
+            own = sorted(taken & OPTIONS)
+            raise UserError(
+                f"`{key}.{name}`: {spec.type} has no {name}; remove it"
+                + (f" (it takes {', '.join(own)})." if own else ".")
+            )
+
+
+class Lion(Optimizer):
+    """Evolved sign momentum (Chen et al., 2023, Symbolic Discovery of Optimization Algorithms, algorithm 2).
+
+    θ ← θ − lr · (sign(β₁ m + (1 − β₁) g) + λ θ);  m ← β₂ m + (1 − β₂) g.
+    """
+
+    def __init__(
+        self, params: Groups, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+    ):
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), not {betas}")
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step over every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            averages = [self.state[p]["exp_avg"] for p in params]
+            beta1, beta2 = group["betas"]
+            update = torch._foreach_lerp(averages, grads, 1 - beta1)
+            torch._foreach_sign_(update)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, update, alpha=-group["lr"])
+            torch._foreach_lerp_(averages, grads, 1 - beta2)
+        return loss
+
+
+class Composite(Optimizer):
+    """Several optimisers, each over its own parameters, that behave as one: shared groups, state and state dict."""
+
+    def __init__(self, parts: Sequence[Optimizer]):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        start = 0
+        for part in self.parts:
+            stop = start + len(part.param_groups)
+            part.param_groups, part.state = self.param_groups[start:stop], self.state
+            start = stop
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step of every part."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
+OPTIONS = {"betas", "eps", "momentum", "nesterov", "alpha"}
+_CLASSES: dict[str, Callable[..., Optimizer]] = {
+    "sgd": SGD, "adagrad": Adagrad, "rmsprop": RMSprop, "adam": Adam, "adamw": AdamW, "adafactor": Adafactor,
+    "lion": Lion, "muon": Muon,
+}  # fmt: skip
+_BITSANDBYTES = {
+    "adam8bit": "Adam8bit", "adamw8bit": "AdamW8bit", "lion8bit": "Lion8bit", "paged_adamw8bit": "PagedAdamW8bit",
+}  # fmt: skip
+
+
+def _class(name: str, key: str) -> Callable[..., Optimizer]:
+    if name in _CLASSES:
+        return _CLASSES[name]
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise UserError(f"`{key}.type`: {name} needs bitsandbytes: pip install 'scaletrain[quant]'.") from error
+    return getattr(optim, _BITSANDBYTES[name])
+
+
+def _options(spec: OptimizerSpec) -> dict[str, Any]:
+    options = {name: getattr(spec, name) for name in sorted(OPTIONS) if getattr(spec, name) is not None}
+    if spec.type == "adafactor" and "eps" in options:
+        options["eps"] = (options["eps"], 1e-3)  # the second floors the parameter scale: Adafactor's own constant
+    return options
+
+
+def _groups(params: Iterable[nn.Parameter], weight_decay: float) -> Groups:
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for p in params:
+        (matrices if p.ndim >= 2 else vectors).append(p)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _fused(cls: Callable[..., Optimizer], params: Iterable[nn.Parameter]) -> dict[str, Any]:
+    """One kernel for all parameters where torch has it: 4 times as fast on a CPU; DTensors know it for Adam only."""
+    known: list[Callable[..., Optimizer]] = [Adam, AdamW]
+    params = list(params)
+    if not any(isinstance(p, DTensor) for p in params):
+        known.append(SGD)
+    able = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
+    return {"fused": True} if cls in known and able else {}
+
+
+def _muon(spec: OptimizerSpec, named: Mapping[str, nn.Parameter], networks: Iterable[nn.Module], key: str) -> Optimizer:
+    """Muon (Jordan, 2024) for hidden matrices, AdamW for the rest.
+
+    Updates are scaled to the RMS of AdamW's (Liu et al., 2025, Muon is Scalable for LLM Training, section 2.2), so that
+    one learning rate and one weight decay serve both. `eps` and `betas` are AdamW's, `momentum` and `nesterov` Muon's.
+    """
+    ends = set()
+    for network in networks:
+        ends |= {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
+        head = getattr(network, "get_output_embeddings", lambda: None)()
+        if head is not None:
+            ends.add(id(head.weight))
+    hidden = [p for p in named.values() if p.ndim == 2 and id(p) not in ends]
+    if not hidden:
+        raise UserError(f"`{key}.type`: muon is for matrices and this player trains none; use adamw.")
+    options = _options(spec)
+    own = {name: options[name] for name in ("momentum", "nesterov") if name in options}
+    parts: list[Optimizer] = [
+        Muon(hidden, lr=spec.lr, weight_decay=spec.weight_decay, adjust_lr_fn="match_rms_adamw", **own)
+    ]
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in named.values() if id(p) not in chosen]
+    if rest:
+        adam = {name: options[name] for name in ("betas", "eps") if name in options}
+        parts.append(AdamW(_groups(rest, spec.weight_decay), lr=spec.lr, **adam, **_fused(AdamW, rest)))
+    return Composite(parts)

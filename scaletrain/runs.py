@@ -1,0 +1,218 @@
+"""A run, from a recipe and its first stage to the report at its end, resumed from wherever it was left."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaletrain.assemble import build_networks, prepare
+from scaletrain.callbacks.base import Observer
+from scaletrain.callbacks.log import MetricsLog, draw, rewind
+from scaletrain.callbacks.pictures import SampleFolder
+from scaletrain.callbacks.progress import Progress as ProgressLine
+from scaletrain.checkpoint import reader
+from scaletrain.checkpoint.layout import METRICS, RECIPE, SUMMARY, checkpoints
+from scaletrain.config import NetworkSpec, Recipe
+from scaletrain.data.loader import Layout
+from scaletrain.engine.world import World
+from scaletrain.errors import Interrupted, UserError
+from scaletrain.finished import report_on
+from scaletrain.recipe import Stage, check, load, objective_of, resolved_yaml, stages
+from scaletrain.shelf import Shelf
+from scaletrain.signals import StopSignals
+from scaletrain.snapshot import Snapshot, versions
+from scaletrain.trainer import Progress, Trainer
+
+_MAY_CHANGE = ("log", "checkpoint", "evaluate", "data.workers")
+"""Keys that may differ between a run and its continuation: they change nothing that is computed."""
+
+
+def train(recipe: Recipe, name: str, root: Path, fresh: bool = False) -> Path:
+    """Train all stages of a recipe in `root/name`, from the newest checkpoint there if there is one.
+
+    Returns the run folder. Raises UserError before anything is written when the recipe, the data or the folder is
+    wrong, and Interrupted when a signal stopped the run after it saved.
+    """
+    check(recipe)
+    world = World.start()
+    try:
+        with StopSignals() as signals:
+            return _Run(recipe, root / name, world).train(fresh, signals)
+    finally:
+        world.close()
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, folder: Path, world: World):
+        self.recipe, self.folder, self.world = recipe, folder, world
+        self.stages = stages(recipe)
+        self.names = tuple(stage.name for stage in self.stages)
+        self.shelf = Shelf(folder)
+        self.observers: list[Observer] = []
+
+    def train(self, fresh: bool, signals: StopSignals) -> Path:
+        started = time.monotonic()
+        latest = self.world.on_main(lambda: self._look(fresh))
+        for stage in self.stages:
+            batch = stage.recipe.train
+            Layout.derive(batch.global_batch, batch.micro_batch, self.world.size, self.world.rank)
+        status = "failed"
+        metrics: dict[str, float] = {}
+        done = reader.manifest(latest) if latest else None
+        first = self.names.index(done["stage"]) + done["complete"] if done else 0
+        try:
+            for stage in self.stages[first:]:
+                saved = latest if done and not done["complete"] and stage.name == done["stage"] else None
+                metrics = self._stage(stage, saved, signals)
+            self._report()
+            status = "done"
+        except (Interrupted, KeyboardInterrupt):
+            status = "interrupted"
+            raise
+        finally:
+            for observer in self.observers:
+                observer.end()
+            if self.world.main and self.observers:
+                _summarise(self.folder, status, metrics, time.monotonic() - started, self.world)
+        return self.folder
+
+    def _look(self, fresh: bool) -> Path | None:
+        """Look at what stands in the folder, before anything is written. Returns the checkpoint to go on from."""
+        if fresh and self.folder.exists():
+            raise UserError(f"--fresh: {self.folder} exists already. Choose another --run NAME, or remove it.")
+        path = self.folder / RECIPE
+        if path.exists():
+            differing = _differences(load(str(path), []).model_dump(mode="json"), self.recipe.model_dump(mode="json"))
+            if differing:
+                raise UserError(
+                    f"{self.folder} belongs to another recipe; these keys differ: {', '.join(differing)}. "
+                    f"Give this run a name of its own with --run NAME."
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is not a run folder and is not empty. Choose another --run NAME.")
+        parent = self.folder
+        while not parent.exists():
+            parent = parent.parent
+        if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
+            raise UserError(f"{self.folder} cannot be written: no permission in {parent}. Choose another --root DIR.")
+        return reader.newest(self.folder)
+
+    def _open_folder(self) -> None:
+        """Write the first files of the run, now that recipe and data are known to be good."""
+        if self.observers or not self.world.main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".saving-*"):
+            shutil.rmtree(left)
+        (self.folder / RECIPE).write_text(resolved_yaml(self.recipe))
+        self.observers = [MetricsLog(self.folder / METRICS), SampleFolder(self.folder / "samples"), ProgressLine()]
+        if self.recipe.log.trackers:
+            from scaletrain.callbacks.trackers import Trackers
+
+            self.observers.insert(0, Trackers(self.recipe, self.folder))
+
+    def _stage(self, stage: Stage, saved: Path | None, signals: StopSignals) -> dict[str, float]:
+        """Build everything of one stage and train it. Returns its last evaluation."""
+        objective = objective_of(stage.recipe)
+        data = self.world.agree(lambda: prepare(objective, stage.recipe), main_first=True)
+        if len(data.train) < self.world.size:
+            raise UserError(f"{self.world.size} processes, but data.train has only {len(data.train)} example(s).")
+        self.world.agree(self._open_folder)
+        progress = Progress(first_step=self._first_step(stage))
+        if saved:
+            progress = Progress(**reader.state(saved)["progress"])
+        if self.world.main:
+            rewind(self.folder / METRICS, progress.first_step + progress.step)
+        specs = self._continued(stage, objective.networks())
+        networks = self.world.agree(
+            lambda: build_networks(specs, self.shelf, saved, self.world.device, stage.recipe.seed, stage.name)
+        )
+        snapshot = Snapshot(self.folder, self.names, specs, self.world)
+        trainer = Trainer.build(stage, objective, data, networks, progress, snapshot, self.observers, self.world)
+        if saved:
+            snapshot.restore(saved, trainer.crew)
+        trainer.fit(signals)
+        return trainer.metrics
+
+    def _first_step(self, stage: Stage) -> int:
+        """Return at which step of the run a stage begins."""
+        number = self.names.index(stage.name)
+        if number == 0:
+            return 0
+        end = reader.stage_end(self.folder, self.names[number - 1])
+        assert end is not None, "stages are trained in order"
+        return int(reader.manifest(end)["step"])
+
+    def _continued(self, stage: Stage, specs: Mapping[str, NetworkSpec]) -> dict[str, NetworkSpec]:
+        """Let trained networks go on from those of the same name in the stage before, unless told otherwise."""
+        number = self.names.index(stage.name)
+        if number == 0:
+            return dict(specs)
+        before = self.stages[number - 1]
+        end = reader.stage_end(self.folder, before.name)
+        known = reader.manifest(end)["networks"] if end else {}
+        return {
+            name: spec.model_copy(update={"source": f"stage:{before.name}/{name}"})
+            if name in known and spec.source is None and spec.path is None and not spec.frozen
+            else spec
+            for name, spec in specs.items()
+        }
+
+    def _report(self) -> None:
+        """Judge the run as a whole, once."""
+
+        def work() -> None:
+            report = report_on(self.folder, self.world.device)
+            if report:
+                for observer in self.observers:
+                    observer.say(report.text)
+
+        self.world.on_main(work)
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Return the dotted keys in which two recipes differ, but for those that may."""
+    if key in _MAY_CHANGE or old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in sorted(old.keys() | new.keys()):
+            found += _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        return found
+    return [key]
+
+
+def _summarise(folder: Path, status: str, metrics: Mapping[str, float], seconds: float, world: World) -> None:
+    """Write summary.json and the curves."""
+    try:
+        git = ["git", "rev-parse", "HEAD"]
+        revision = subprocess.run(git, capture_output=True, text=True, timeout=5, check=False).stdout.strip() or None
+    except OSError:
+        revision = None
+    found = checkpoints(folder)
+    cuda = world.device.type == "cuda"
+    summary = {
+        "status": status,
+        "step": int(found[-1].name.removeprefix("step-")) if found else 0,
+        "metrics": dict(metrics),
+        "seconds": round(seconds, 2),
+        "versions": versions(),
+        "git_revision": revision,
+        "hardware": {
+            "processes": world.size,
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    if (folder / METRICS).exists():
+        draw(folder / METRICS, folder / "curves.png")

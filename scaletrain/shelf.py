@@ -1,0 +1,59 @@
+"""Finding the networks of finished stages and runs, each as it was left: for `from`, samples, exports and reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scaletrain.checkpoint import reader
+from scaletrain.config import NetworkSpec
+from scaletrain.errors import UserError, did_you_mean
+from scaletrain.networks.build import build
+
+
+class Shelf:
+    """The networks in a run folder. `averaged` takes the EMA weights of networks whose player kept an average."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def open(self, checkpoint: Path, network: str, averaged: bool = True) -> nn.Module:
+        """Load one network of a checkpoint, on the CPU. Raises UserError when it has none of this name."""
+        specs = {k: NetworkSpec.model_validate(v) for k, v in reader.manifest(checkpoint)["networks"].items()}
+        if network not in specs:
+            raise UserError(f"{checkpoint} has no network `{network}`.{did_you_mean(network, specs)}")
+        spec, saved = specs[network], checkpoint / "networks" / network
+        if spec.adapter is None and saved.is_dir():
+            module = build(network, spec, None, saved)
+        else:
+            module = build(network, spec, self.base(spec), saved if saved.is_dir() else None)
+        average = reader.average(checkpoint, network) if averaged else {}
+        if average:
+            with torch.no_grad():
+                parameters = dict(module.named_parameters())
+                for name, value in average.items():
+                    parameters[name].copy_(value)
+        return module
+
+    def base(self, spec: NetworkSpec) -> nn.Module | None:
+        """Load the network that `from` names, if it names one: `stage:NAME/NETWORK` or `run:FOLDER/NETWORK`."""
+        if spec.source is None:
+            return None
+        kind, _, rest = spec.source.partition(":")
+        place, _, network = rest.rpartition("/")
+        if kind == "stage":
+            return self.stage(place, network)
+        folder = Path(place)
+        found = reader.newest(folder) if folder.is_dir() else None
+        if found is None:
+            raise UserError(f"from: {spec.source}: there is no run with a checkpoint in {folder}.")
+        return Shelf(folder).open(found, network)
+
+    def stage(self, stage: str, network: str) -> nn.Module:
+        """Load a network as a stage of this run left it."""
+        end = reader.stage_end(self.root, stage)
+        if end is None:
+            raise UserError(f"stage `{stage}` of {self.root} has not ended.")
+        return self.open(end, network)

@@ -1,0 +1,405 @@
+"""The loop: one stage of a run, whatever its family, engine or number of processes.
+
+resume if there is a checkpoint
+while step < steps:
+    for turn in objective.turns:                          # data, in order
+        if step % turn.every: continue
+        player = players[turn.player]; only its networks require grad
+        for repeat in range(turn.repeats):
+            micros = the next accumulation window
+            counts = sum over ranks and micros of objective.counts      # before forward; > 0 or an error on every rank
+            for micro in micros:
+                seed everything from (seed, stage, step, turn, repeat, global micro-batch number)
+                terms = objective.loss(turn, networks, micro)           # autocast; gradients reduced at the last one
+                engine.backward(player, world · Σ weight · sum / counts[per])
+            outcome = engine.update(player)               # unscale, agree on overflow across ranks, clip, step
+            if outcome.stepped: schedule, EMA, player.updates advance; objective.after_update(player)
+            else: player.skipped += 1 (fp16), or stop and name the samples
+    step += 1
+    observers are told; evaluate, sample, checkpoint when due; stop when all ranks agree (signal, patience)
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from scaletrain.assemble import build_players, recompute
+from scaletrain.callbacks.base import Observer, Plan
+from scaletrain.config import Duration, EvaluateSpec
+from scaletrain.data.loader import Failure, Layout, Micro, Windows
+from scaletrain.data.order import key_of
+from scaletrain.engine.base import Engine
+from scaletrain.engine.data_parallel import DataParallel
+from scaletrain.engine.precision import autocast
+from scaletrain.engine.world import World
+from scaletrain.errors import Interrupted, UserError
+from scaletrain.evaluate.whole_set import evaluate
+from scaletrain.objectives.base import Data, Objective, Request
+from scaletrain.player import Player, Term, Turn
+from scaletrain.recipe import Stage
+from scaletrain.signals import StopSignals
+from scaletrain.snapshot import Snapshot
+
+_MAX_UNITS = 8
+
+
+@dataclass
+class Progress:
+    """Where a stage stands: everything that is not a tensor and not a player's. Saved as it is."""
+
+    step: int = 0
+    """Steps of this stage that are done."""
+    first_step: int = 0
+    """Steps of the run before this stage."""
+    complete: bool = False
+    best: float | None = None
+    """The best value of `evaluate.metric` so far."""
+    waited: int = 0
+    """Evaluations since then."""
+    best_saved: float | None = None
+    """The best value of `checkpoint.best` so far."""
+    seen: dict[str, float] = field(default_factory=dict)
+    """Units that the first turn has been trained on: samples, tokens ..."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """What a stage is trained with, all built and on the device."""
+
+    objective: Objective[Any]
+    data: Data
+    engine: Engine
+    players: Mapping[str, Player]
+
+
+def windows_before(turns: Sequence[Turn], step: int) -> int:
+    """Return how many accumulation windows the steps before `step` took: the position in the data."""
+    return sum(turn.repeats * -(-step // turn.every) for turn in turns)
+
+
+def steps_of(duration: Duration, turns: Sequence[Turn], data: Data, global_batch: int) -> int:
+    """Turn a duration into steps of this stage. Raises UserError for tokens where they are not known."""
+    if duration.unit == "steps":
+        return math.ceil(duration.value)
+    samples = duration.value
+    if duration.unit == "epochs":
+        samples *= len(data.train)
+    elif duration.unit == "tokens":
+        if data.train.tokens_per_example is None:
+            raise UserError("train.duration: this data has no tokens; give steps, epochs or samples.")
+        samples /= data.train.tokens_per_example
+    per_step = sum(turn.repeats / turn.every for turn in turns)
+    return max(1, math.ceil(samples / (global_batch * per_step) - 1e-9))
+
+
+class Trainer:
+    """Trains one stage from wherever `progress` says it stands."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        crew: Crew,
+        progress: Progress,
+        snapshot: Snapshot,
+        observers: Sequence[Observer],
+        world: World,
+    ):
+        recipe = stage.recipe
+        self.stage, self.recipe, self.crew, self.progress = stage, recipe, crew, progress
+        self.snapshot, self.observers, self.world = snapshot, observers, world
+        self.objective, self.engine, self.players = crew.objective, crew.engine, crew.players
+        self.turns = self.objective.turns
+        self.layout = Layout.derive(recipe.train.global_batch, recipe.train.micro_batch, world.size, world.rank)
+        self.steps = self._interval(recipe.train.duration)
+        save, judge = recipe.checkpoint.every, recipe.evaluate.every
+        self.save_every = self._interval(save) if save else max(1, self.steps // 10)
+        self.evaluate_every = self._interval(judge) if judge else self.steps
+        self.metrics: dict[str, float] = {}
+        self._stop = False
+        self._begin_throughput()
+
+    @classmethod
+    def build(
+        cls,
+        stage: Stage,
+        objective: Objective[Any],
+        data: Data,
+        networks: Mapping[str, torch.nn.Module],
+        progress: Progress,
+        snapshot: Snapshot,
+        observers: Sequence[Observer],
+        world: World,
+    ) -> Trainer:
+        """Make players and an engine for networks that are built and on the device."""
+        train = stage.recipe.train
+        steps = steps_of(train.duration, objective.turns, data, train.global_batch)
+        players = build_players(stage.recipe, networks, objective.turns, steps)
+        for player in players.values():
+            for name, module in player.networks.items():
+                if train.recompute:
+                    recompute(name, module)
+                if train.compile:
+                    module.compile()
+        engine = DataParallel(world, train.precision)
+        engine.prepare(players.values(), networks)
+        return cls(stage, Crew(objective, data, engine, players), progress, snapshot, observers, world)
+
+    def _interval(self, duration: Duration) -> int:
+        return steps_of(duration, self.turns, self.crew.data, self.recipe.train.global_batch)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def fit(self, signals: StopSignals) -> None:
+        """Train to the end of the stage. Raises Interrupted after saving when a signal asked to stop."""
+        progress, log_every = self.progress, self.recipe.log.every
+        order = (self._data_seed, self.stage.name)
+        window = windows_before(self.turns, progress.step)
+        workers, pin = self.recipe.data.workers, self.world.device.type == "cuda"
+        self._windows = Windows(self.crew.data.train, self.layout, order, window, workers, pin)
+        self._tell("begin", self._plan())
+        while progress.step < self.steps and not progress.complete:
+            step = progress.step
+            logged = (step + 1) % log_every == 0 or step + 1 == self.steps
+            record: dict[str, Any] = {}
+            for turn in self.turns:
+                if step % turn.every == 0:
+                    for repeat in range(turn.repeats):
+                        record |= self._take(turn, repeat, signals, logged and repeat == turn.repeats - 1)
+            self.engine.synchronise_statistics()
+            progress.step += 1
+            self._tell("step", self.global_step, self._record(record) if logged else None)
+            self._after_step()
+
+    @property
+    def global_step(self) -> int:
+        """Steps of the whole run that are done."""
+        return self.progress.first_step + self.progress.step
+
+    @property
+    def _data_seed(self) -> int:
+        return self.recipe.seed if self.recipe.data.seed is None else self.recipe.data.seed
+
+    def _take(self, turn: Turn, repeat: int, signals: StopSignals, logged: bool) -> dict[str, float]:
+        """Take a turn once: one window, one update. Returns figures for the log where this step is logged."""
+        player, device = self.players[turn.player], self.world.device
+        networks = self.engine.view(player)
+        micros, counts = self._next(turn, signals)
+        sums: dict[str, torch.Tensor] = {}
+        terms: dict[str, Term] = {}
+        losses = []
+        for micro in micros:
+            torch.manual_seed(
+                key_of(self.recipe.seed, self.stage.name, self.progress.step, turn.name, repeat, micro.number)
+            )
+            batch = {name: tensor.to(device, non_blocking=True) for name, tensor in micro.tensors.items()}
+            with self.engine.accumulate(player, last=micro is micros[-1]):
+                with autocast(device, self.recipe.train.precision):
+                    terms = self.objective.loss(turn, networks, batch)
+                loss = sum(t.weight / counts[t.per] * t.sum.float() for t in terms.values() if t.weight)
+                assert isinstance(loss, torch.Tensor)
+                self.engine.backward(player, loss * self.world.size)
+            losses.append(loss.detach())
+            if logged:
+                for name, term in terms.items():
+                    sums[name] = sums.get(name, 0) + term.sum.detach().float()
+        outcome = self.engine.update(player)
+        if outcome.stepped:
+            player.updates += 1
+            if player.ema:
+                player.ema.update(player.updates)
+            self.objective.after_update(player, self.engine.plain())
+        elif player.scaler is not None and not player.scaler.exhausted:
+            player.skipped += 1
+        else:
+            self._explain(turn, player, micros, losses)
+        if not logged:
+            return {}
+        totals = self.world.total(torch.stack(list(sums.values())).tolist())
+        figures = {name: total / counts[terms[name].per] for name, total in zip(sums, totals, strict=True)}
+        figures.setdefault("loss", sum(terms[name].weight * value for name, value in figures.items()))
+        figures |= {"grad_norm": outcome.grad_norm, "lr": player.optimizer.param_groups[0]["lr"]}
+        if player.scaler:
+            figures |= {"scale": outcome.scale, "skipped": player.skipped}
+        return figures if len(self.turns) == 1 else {f"{turn.name}/{k}": v for k, v in figures.items()}
+
+    def _next(self, turn: Turn, signals: StopSignals) -> tuple[list[Micro], dict[str, int]]:
+        """Return the next window and the global counts. One small sum over ranks carries errors and signals too."""
+        window = next(self._windows)
+        failed = isinstance(window, Failure)
+        micros: list[Micro] = [] if isinstance(window, Failure) else window
+        own: dict[str, int] = {}
+        for micro in micros:
+            for unit, number in self.objective.counts(turn, micro.tensors).items():
+                own[unit] = own.get(unit, 0) + number
+        units = sorted(own)
+        vector = [float(failed), float(signals.asked), *(float(own[u]) for u in units)]
+        failures, stops, *totals = self.world.total(vector + [0.0] * (2 + _MAX_UNITS - len(vector)))
+        if failures:
+            messages = self.world.gather(window.message if isinstance(window, Failure) else None)
+            raise UserError(next(m for m in messages if m))
+        self._stop = self._stop or stops > 0
+        counts = dict(zip(units, map(int, totals), strict=False))
+        if 0 in counts.values():
+            empty = next(unit for unit, number in counts.items() if number == 0)
+            own_names = [self.crew.data.train.name(e) for m in micros for e in m.examples]
+            names = [name for share in self.world.gather(own_names) for name in share]
+            raise UserError(
+                f"step {self.global_step}, turn {turn.name}: the global batch has no {empty} to learn from "
+                f"({', '.join(names[:8])}). Check the data's labels and masks, or raise train.global_batch."
+            )
+        if turn is self.turns[0]:
+            for unit, number in {"samples": self.recipe.train.global_batch, **counts}.items():
+                self.progress.seen[unit] = self.progress.seen.get(unit, 0) + number
+        return micros, counts
+
+    def _explain(self, turn: Turn, player: Player, micros: list[Micro], losses: list[torch.Tensor]) -> None:
+        """Stop on every rank, before the update, and say where the first value that is not finite came from."""
+        bad = [micro for micro, loss in zip(micros, losses, strict=True) if not math.isfinite(float(loss))]
+        names = [self.crew.data.train.name(e) for micro in bad for e in micro.examples]
+        found = [(rank, n) for rank, n in enumerate(self.world.gather(names)) if n]
+        where = "; ".join(f"rank {rank}: {', '.join(n[:16])}" for rank, n in found)
+        cause = f"the loss is not finite ({where})" if found else "the loss is finite, a gradient is not"
+        raise UserError(
+            f"step {self.global_step}, stage {self.stage.name}, turn {turn.name}: {cause}. Nothing was updated. "
+            f"Look at these samples, or lower players.{player.name}.optimizer.lr or set players.{player.name}.clip."
+        )
+
+    # --- between steps ------------------------------------------------------------------------------------------------
+
+    def _after_step(self) -> None:
+        progress, recipe = self.progress, self.recipe
+        last = progress.step == self.steps
+        is_best = False
+        if last or progress.step % self.evaluate_every == 0:
+            is_best = self._judge(self._evaluate())
+            patience = recipe.evaluate.patience
+            progress.complete = patience is not None and progress.waited >= patience
+        progress.complete = progress.complete or last
+        if progress.complete or self._stop or is_best or progress.step % self.save_every == 0:
+            started = time.monotonic()
+            self.snapshot.save(self.global_step, self.stage, self.crew, self.progress, is_best)
+            self._tell("saved", self.global_step, time.monotonic() - started)
+            self._begin_throughput()
+        if self._stop and not progress.complete:
+            raise Interrupted(f"stopped at step {self.global_step:,} and saved; run the same command again to go on.")
+
+    def _judge(self, metrics: dict[str, float]) -> bool:
+        """Take note of an evaluation. Returns whether it is the best one by `checkpoint.best`."""
+        progress, spec = self.progress, self.recipe.evaluate
+        if not metrics:
+            return False
+        best = self.recipe.checkpoint.best
+        if spec.metric not in metrics and spec.patience is None and best is None and not self._listens:
+            return False
+        for name in {spec.metric, best or spec.metric} - set(metrics):
+            raise UserError(f"evaluate.metric, checkpoint.best: no metric `{name}` here, but {', '.join(metrics)}.")
+        value = metrics[spec.metric]
+        better = progress.best is None or EvaluateSpec.better(spec.metric, value, progress.best)
+        progress.best, progress.waited = (value, 0) if better else (progress.best, progress.waited + 1)
+        for player in self.players.values():
+            player.schedule.observe(better)
+        if best is None:
+            return False
+        if progress.best_saved is None or EvaluateSpec.better(best, metrics[best], progress.best_saved):
+            progress.best_saved = metrics[best]
+            return True
+        return False
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate and draw samples with averaged weights where there are any."""
+        with self._at_rest() as networks:
+            batch = self.recipe.evaluate.batch or self.layout.micro_batch
+            metrics = evaluate(self.objective, networks, self.crew.data.eval, batch, self.recipe, self.world)
+            if metrics:
+                self.metrics = metrics
+                record = {"kind": "evaluate", "step": self.global_step, "stage": self.stage.name, **metrics}
+                self._tell("evaluated", self.global_step, record)
+            if self.recipe.evaluate.samples and self.world.main:
+                generator = torch.Generator(self.world.device).manual_seed(key_of(self.recipe.seed, "samples"))
+                samples = self.objective.sample(networks, Request(self.recipe.evaluate.samples, generator))
+                if samples is not None:
+                    self._tell("sampled", self.global_step, samples)
+        self.world.barrier()
+        self._begin_throughput()
+        return metrics
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[Mapping[str, torch.nn.Module]]:
+        """The plain networks in evaluation mode, with averaged weights, without gradients."""
+        networks = self.engine.plain()
+        training = {name: module.training for name, module in networks.items()}
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for player in self.players.values():
+                if player.ema:
+                    stack.enter_context(player.ema.swapped())
+            for module in networks.values():
+                module.eval()
+            try:
+                yield networks
+            finally:
+                for name, module in networks.items():
+                    module.train(training[name])
+
+    @property
+    def _listens(self) -> bool:
+        return any(player.schedule.spec.type == "plateau" for player in self.players.values())
+
+    # --- what observers are told --------------------------------------------------------------------------------------
+
+    def _tell(self, event: str, *facts: Any) -> None:
+        for observer in self.observers:
+            getattr(observer, event)(*facts)
+
+    def _begin_throughput(self) -> None:
+        self._timed_from = (time.monotonic(), dict(self.progress.seen))
+
+    def _record(self, figures: dict[str, float]) -> dict[str, Any]:
+        unit = self.objective.throughput
+        began, seen = self._timed_from
+        rate = (self.progress.seen.get(unit, 0) - seen.get(unit, 0)) / max(time.monotonic() - began, 1e-9)
+        self._begin_throughput()
+        if self.world.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        head = {"kind": "train", "step": self.global_step, "stage": self.stage.name}
+        tail = {"seen": dict(self.progress.seen), "throughput": round(rate, 3), "memory_bytes": memory}
+        return {**head, **figures, **tail}
+
+    def _plan(self) -> Plan:
+        networks = self.engine.plain().values()
+        trainable = [p for player in self.players.values() for p in player.trainable.values()]
+        size = sum(p.numel() * p.element_size() for p in trainable)
+        averaged = sum(
+            p.numel() * 4 for player in self.players.values() if player.ema for p in player.trainable.values()
+        )
+        state = sum(player.optimizer_bytes for player in self.players.values())
+        weights = sum(p.numel() * p.element_size() for m in networks for p in m.parameters())
+        data = self.crew.data
+        return Plan(
+            stage=self.stage.name,
+            stages=self.snapshot.stages,
+            first_step=self.progress.first_step,
+            steps=self.steps,
+            at=self.progress.step,
+            parameters=sum(p.numel() for m in networks for p in m.parameters()),
+            trainable=sum(p.numel() for p in trainable),
+            micro_batch=self.layout.micro_batch,
+            accumulate=self.layout.accumulate,
+            processes=self.world.size,
+            precision=self.recipe.train.precision,
+            device=self.world.device.type,
+            train_examples=len(data.train),
+            eval_examples=len(data.eval) if data.eval else 0,
+            bytes={"weights": weights, "gradients": size, "optimiser": state, "average": averaged},
+            unit=self.objective.throughput,
+        )

@@ -1,0 +1,89 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from scaletrain.checkpoint import reader
+from scaletrain.checkpoint.layout import checkpoints
+from scaletrain.checkpoint.writer import prune, write
+from scaletrain.errors import UserError
+
+
+def fill(folder: Path) -> None:
+    (folder / "training").mkdir()
+    (folder / "training" / "state.json").write_text("{}")
+    (folder / "weights.bin").write_bytes(bytes(range(256)) * 10)
+
+
+def save(root: Path, step: int, complete: bool = False) -> Path:
+    return write(root, step, fill, {"stage": "main", "complete": complete})
+
+
+def test_a_whole_checkpoint_verifies_and_latest_points_to_it(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    assert reader.verify(path) == []
+    assert reader.newest(tmp_path) == path
+    assert (tmp_path / "latest").resolve() == path.resolve()
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "training/state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_damage_is_named_and_the_one_before_is_taken(tmp_path: Path, name: str, damage: str) -> None:
+    before, path = save(tmp_path, 1), save(tmp_path, 2)
+    file = path / name
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[0] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    faults = reader.verify(path)
+    if name == "manifest.json" and damage == "truncate":  # its last byte is a line feed
+        assert faults == []
+        return
+    assert len(faults) == 1
+    assert faults[0].startswith(name)
+    assert reader.newest(tmp_path) == before
+
+
+def test_a_file_that_the_manifest_does_not_know_is_a_fault(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "extra.pkl").write_bytes(pickle.dumps(1))
+    assert reader.verify(path) == ["extra.pkl: not in the manifest"]
+    with pytest.raises(UserError, match="No checkpoint"):
+        reader.newest(tmp_path)
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = save(tmp_path, 1)
+
+    def full(folder: Path) -> None:
+        fill(folder)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path, 2, full, {"stage": "main", "complete": False})
+    assert reader.newest(tmp_path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_retention_keeps_the_newest_the_best_and_the_ends_of_stages(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        save(tmp_path, step, complete=step == 3)
+    (tmp_path / "best").symlink_to("step-00000002")
+    prune(tmp_path, keep=2)
+    assert [int(p.name[-2:]) for p in checkpoints(tmp_path)] == [2, 3, 6, 7]
+    assert reader.stage_end(tmp_path, "main") == tmp_path / "step-00000003"
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    content = json.loads((path / "manifest.json").read_text()) | {"format": 99}
+    (path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="format 99"):
+        reader.manifest(path)

@@ -1,0 +1,77 @@
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from scaletrain.data.dataset import Dataset, Example, TensorDataset
+from scaletrain.data.loader import Failure, Layout, Windows, passes
+from scaletrain.errors import UserError
+
+
+class Noisy(Dataset):
+    """Number and noise of each example, so that order and randomness can be seen; example `broken` fails."""
+
+    def __init__(self, size: int, broken: int | None = None):
+        self.size, self.broken = size, broken
+
+    def __len__(self) -> int:
+        return self.size
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        if index == self.broken:
+            raise UserError(f"row {index} is broken")
+        return {"number": index, "noise": rng.standard_normal()}
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        return {k: torch.tensor([e[k] for e in examples]) for k in ("number", "noise")}
+
+
+def read(world: int, micro: int, windows: int, start: int = 0, workers: int = 0) -> list[list[tuple[int, float]]]:
+    """Return for each window its samples in the order of the micro-batches' numbers, over all ranks."""
+    found: list[dict[int, list[tuple[int, float]]]] = [{} for _ in range(windows)]
+    for rank in range(world):
+        loader = Windows(Noisy(37), Layout(24, micro, world, rank), (0, "s"), start, workers)
+        for window in found:
+            for m in next(loader):
+                assert tuple(m.tensors["number"].tolist()) == m.examples
+                window[m.number] = list(zip(m.examples, m.tensors["noise"].tolist(), strict=True))
+    return [[s for number in sorted(w) for s in w[number]] for w in found]
+
+
+def test_order_and_noise_do_not_depend_on_processes_or_accumulation() -> None:
+    one = read(1, 24, 4)
+    assert read(1, 6, 4) == read(2, 6, 4) == read(3, 4, 4) == read(4, 2, 4) == one
+
+
+def test_a_resume_seeks() -> None:
+    assert read(2, 6, 2, start=3) == read(1, 24, 5)[3:]
+
+
+def test_worker_processes_change_nothing() -> None:
+    assert read(1, 6, 3, workers=2) == read(1, 6, 3)
+
+
+def test_an_epoch_holds_each_sample_once() -> None:
+    samples = [number for window in read(2, 6, 37) for number, _ in window]
+    for epoch in range(24):
+        assert sorted(samples[epoch * 37 : (epoch + 1) * 37]) == list(range(37))
+
+
+def test_a_row_that_cannot_be_read_is_told() -> None:
+    loader = Windows(Noisy(8, broken=3), Layout(8, 8), (0,))
+    assert next(loader) == Failure("row 3 is broken")
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(UserError, match="train.global_batch=10"):
+        Layout(10, 4)
+    with pytest.raises(UserError, match="multiple of 3"):
+        Layout.derive(10, None, 3, 0)
+
+
+def test_a_pass_takes_each_example_once_on_any_number_of_ranks() -> None:
+    data = TensorDataset({"x": torch.arange(23)})
+    for world in (1, 2, 3):
+        seen = [m.tensors["x"] for rank in range(world) for m in passes(data, 5, world, rank)]
+        assert sorted(torch.cat(seen).tolist()) == list(range(23))
