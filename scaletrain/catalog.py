@@ -16,19 +16,19 @@ RECIPES = next((d for d in (_HERE / "recipes", _HERE.parent / "recipes") if d.is
 
 @dataclass(frozen=True)
 class Info:
-    """What the comment at the top of a recipe says: a summary, then `key: value` lines, such as `cost: 4 minutes`."""
+    """What the comment at the top of a recipe says: a summary, then `Key: value` lines, such as `Cost: 4 minutes`."""
 
     name: str
     family: str
     summary: str
     path: Path
     facts: Mapping[str, str]
-    """`command`, `needs`, `cost`, `expect`: whichever the comment has."""
+    """`command`, `needs`, `cost`, `expect`: whichever the comment has; a value may have several lines."""
 
     @property
     def needs(self) -> str:
         """What must be there before it can run: data, a pretrained model, an extra."""
-        return self.facts.get("needs", "")
+        return " ".join(self.facts.get("needs", "").split())
 
 
 def names() -> list[str]:
@@ -51,12 +51,12 @@ def info(name: str) -> Info:
         if not line.startswith("#"):
             break
         text = line[1:]
-        fact = re.match(r" ?([a-z]+):\s+(.*)", text)
+        fact = re.match(r" ?([A-Za-z]+):\s+(.*)", text)
         if fact:
-            key = fact.group(1)
+            key = fact.group(1).lower()
             facts[key] = fact.group(2).strip()
         elif key and text.strip():
-            facts[key] += f" {text.strip()}"
+            facts[key] += f"\n{text.strip()}"
         elif text.strip():
             summary.append(text.strip())
     return Info(name, facts.pop("family", name.partition("/")[0]), " ".join(summary), path, facts)
@@ -78,3 +78,24 @@ def find(name_or_path: str) -> Path:
 def run_name(name_or_path: str) -> str:
     """Return the run folder's name by default: the recipe's name with `/` as `-`, or the name of the file."""
     return name_or_path.replace("/", "-") if name_or_path in names() else Path(name_or_path).stem
+
+
+def copy(name_or_path: str, destination: Path) -> None:
+    """Copy a recipe. Raises UserError when the destination exists or cannot be written."""
+    source = find(name_or_path)
+    try:
+        with destination.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UserError(f"{destination} exists already; choose another name.") from None
+    except OSError as error:
+        raise UserError(f"{destination} cannot be written: {error.strerror}.") from None
+
+
+def find_run(run: str, root: Path) -> Path:
+    """Return a run folder, given itself or its name in `root`. Raises UserError that suggests a name."""
+    for folder in (Path(run), root / run):
+        if (folder / "recipe.yaml").is_file():
+            return folder
+    known = [path.parent.name for path in root.glob("*/recipe.yaml")]
+    raise UserError(f"There is no run {run} here or in {root}.{did_you_mean(run, known)}")

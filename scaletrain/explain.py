@@ -93,7 +93,8 @@ def _sentence(faults: list[Any], path: Key, model: type[BaseModel], values: Any,
         return f"`{name}` is missing: give it in the recipe, or as `{name}=...` on the command line."
     if "extra_forbidden" in kinds:
         return f"`{name}`: there is no such key.{did_you_mean(path[-1], fields(model, path[:-1]))}"
-    expected = " or ".join(dict.fromkeys(_expected(fault) for fault in faults))
+    first, *others = dict.fromkeys(_expected(fault) for fault in faults)
+    expected = " or ".join([first, *(other.removeprefix("it should be ") for other in others)])
     stop = "" if expected.endswith((".", "?")) else "."
     if not name:
         return expected + stop

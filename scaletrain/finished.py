@@ -95,7 +95,7 @@ def report_on(folder: Path, device: torch.device) -> Report | None:
     if type(objective).report is Objective.report:
         return None
     shelf = Shelf(folder)
-    options = {part.name: part.recipe.objective.options for part in parts}
+    options = {part.name: part.recipe.objective.model_dump() for part in parts}
     view = RunView(
         folder=folder,
         stages=tuple(part.name for part in parts),

@@ -3,7 +3,8 @@
 All of it is on plain mappings and lists, as YAML gives them.
 
 An override reaches every stage. One of a shared key is made in the recipe and in every stage that sets the same key,
-so no stage's own value hides it; where it cannot reach any stage, or a stage has removed what it is in, it is refused.
+so no stage's own value hides it. A stage that has taken away what the key is in, or has another type of objective,
+stays as it is; an override that would reach no stage at all is refused.
 `stages.NAME.a.b=value` changes one stage only and, being more exact, wins over `a.b=value` wherever it stands.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.strict_yaml import Key, parse
@@ -86,46 +87,47 @@ def _objective_type(tree: Mapping[str, Any]) -> Any:
     return objective.get("type") if isinstance(objective, Mapping) else None
 
 
+def options_of(words: Iterable[str]) -> Tree:
+    """Return `key=value` words as a mapping of keys to YAML values."""
+    return {".".join(keys): value for keys, value in map(_split, words)}
+
+
 def _split(word: str) -> tuple[Key, Any]:
     key, equals, text = word.partition("=")
     keys = tuple(key.strip().split("."))
     if not equals or not all(keys):
-        raise UserError(f"`{word}`: write an override as key=value, such as `train.global_batch=64`.")
+        raise UserError(f"`{word}`: write an override as key=value, such as `{key or 'key'}=64`.")
     if text[:1] in tuple("*@%&`"):  # a glob, say: no YAML value begins with these
         return keys, text
     return keys, parse(text, f"the value of `{key}`")[0]
 
 
-def _stages_that_set(tree: Tree, keys: Key) -> list[tuple[Key, Any]]:
-    """Return the stages in which an override must be made too, each with its place in the tree."""
+def _stages_that_set(tree: Tree, keys: Key) -> list[tuple[Key, Tree]]:
+    """Return the stages in which an override must be made too, each with its place in the tree.
+
+    Raises UserError when no stage would see it: each has taken away what it is in, or has another objective.
+    """
     stages = stage_trees(tree)
-    setting: list[tuple[Key, Any]] = [
-        (("stages", str(n)), stage) for n, stage in enumerate(stages) if _sets(stage, keys)
-    ]
-    inside_objective = keys[0] == "objective" and len(keys) > 1
-    if inside_objective and stages and not setting:
-        kinds = [_objective_type(stage) for stage in stages]
-        if all(kind not in (None, _objective_type(tree)) for kind in kinds):
-            names = " or ".join(f"`stages.{stage.get('name')}.{'.'.join(keys)}=...`" for stage in stages)
-            raise UserError(f"`{'.'.join(keys)}`: every stage has an objective of its own; write {names}.")
-    return setting
+    seen = [_sees(tree, stage, keys) for stage in stages]
+    if stages and set(seen) == {"not"}:
+        words = " or ".join(f"`stages.{stage.get('name')}.{'.'.join(keys)}=...`" for stage in stages)
+        raise UserError(f"`{'.'.join(keys)}` would reach no stage; write {words}.")
+    return [(("stages", str(n)), stage) for n, stage in enumerate(stages) if seen[n] == "own"]
 
 
-def _sets(stage: Tree, keys: Key) -> bool:
-    """Say whether a stage has a value of its own at a key, or at something that the key is in."""
+def _sees(tree: Tree, stage: Tree, keys: Key) -> Literal["own", "base", "not"]:
+    """Say what a stage has at a key: a value of its own (there, or something that the key is in), the base's, none."""
     node: Any = stage
-    for depth, key in enumerate(keys):
+    for key in keys:
         if node is None:
-            raise UserError(
-                f"`{'.'.join(keys)}`: stage `{stage.get('name')}` sets `{'.'.join(keys[:depth])}` to null; "
-                f"write `stages.{stage.get('name')}.{'.'.join(keys)}=...` for it."
-            )
+            return "not"
         if not isinstance(node, dict):
-            return True
+            return "own"
         if key not in node:
-            return False
+            other = keys[0] == "objective" and _objective_type(stage) not in (None, _objective_type(tree))
+            return "not" if other else "base"
         node = node[key]
-    return True
+    return "own"
 
 
 def _put(node: Any, keys: Key, value: Any, word: str, drop: bool) -> Key:

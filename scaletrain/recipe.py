@@ -47,7 +47,7 @@ def load(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
                 return "on the command line"
             if key[:length] in lines:
                 return f"{path}, line {lines[key[:length]]}"
-        return str(path)
+        return "on the command line" if any(word[: len(key)] == key for word in written) else str(path)
 
     for _, stage in _merged_stages(tree):
         _refuse_open(stage)
@@ -159,7 +159,10 @@ def load_code(path: Path) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--code: {path} cannot be imported: {type(error).__name__}: {error}.") from error
     if not hasattr(module, "Config") or not hasattr(module, "Objective"):
         raise UserError(
             f"--code: {path} must define a `Config` and an `Objective` (see scaletrain/objectives/base.py)."

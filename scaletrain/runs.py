@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +35,30 @@ _MAY_CHANGE = ("log", "checkpoint", "evaluate", "data.workers")
 """Keys that may differ between a run and its continuation: they change nothing that is computed."""
 
 
-def train(recipe: Recipe, name: str, root: Path, fresh: bool = False) -> Path:
+def train(
+    recipe: Recipe, name: str, root: Path, fresh: bool = False, observers: Sequence[Observer] | None = None
+) -> Path:
     """Train all stages of a recipe in `root/name`, from the newest checkpoint there if there is one.
 
-    Returns the run folder. Raises UserError before anything is written when the recipe, the data or the folder is
+    observers: told of the run on rank 0; by default those of `scaletrain.callbacks`. Returns the run folder. Raises UserError before anything is written when the recipe, the data or the folder is
     wrong, and Interrupted when a signal stopped the run after it saved.
     """
     check(recipe)
     world = World.start()
     try:
         with StopSignals() as signals:
-            return _Run(recipe, root / name, world).train(fresh, signals)
+            return _Run(recipe, root / name, world, observers).train(fresh, signals)
     finally:
         world.close()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, folder: Path, world: World):
+    def __init__(self, recipe: Recipe, folder: Path, world: World, observers: Sequence[Observer] | None):
         self.recipe, self.folder, self.world = recipe, folder, world
         self.stages = stages(recipe)
         self.names = tuple(stage.name for stage in self.stages)
         self.shelf = Shelf(folder)
+        self.given = observers
         self.observers: list[Observer] = []
 
     def train(self, fresh: bool, signals: StopSignals) -> Path:
@@ -113,6 +116,9 @@ class _Run:
         for left in self.folder.glob(".saving-*"):
             shutil.rmtree(left)
         (self.folder / RECIPE).write_text(resolved_yaml(self.recipe))
+        if self.given is not None:
+            self.observers = list(self.given)
+            return
         self.observers = [MetricsLog(self.folder / METRICS), SampleFolder(self.folder / "samples"), ProgressLine()]
         if self.recipe.log.trackers:
             from scaletrain.callbacks.trackers import Trackers
@@ -125,16 +131,16 @@ class _Run:
         data = self.world.agree(lambda: prepare(objective, stage.recipe), main_first=True)
         if len(data.train) < self.world.size:
             raise UserError(f"{self.world.size} processes, but data.train has only {len(data.train)} example(s).")
+        specs = self._continued(stage, objective.networks())
+        networks = self.world.agree(
+            lambda: build_networks(specs, self.shelf, saved, self.world.device, stage.recipe.seed, stage.name)
+        )
         self.world.agree(self._open_folder)
         progress = Progress(first_step=self._first_step(stage))
         if saved:
             progress = Progress(**reader.state(saved)["progress"])
         if self.world.main:
             rewind(self.folder / METRICS, progress.first_step + progress.step)
-        specs = self._continued(stage, objective.networks())
-        networks = self.world.agree(
-            lambda: build_networks(specs, self.shelf, saved, self.world.device, stage.recipe.seed, stage.name)
-        )
         snapshot = Snapshot(self.folder, self.names, specs, self.world)
         trainer = Trainer.build(stage, objective, data, networks, progress, snapshot, self.observers, self.world)
         if saved:

@@ -76,8 +76,8 @@ def parse(text: str, name: str) -> tuple[Any, dict[Key, int]]:
 
     name: of the document, for messages. Raises UserError that names the line of a tag, a repeated key or bad syntax.
     """
-    reader = _Reader(text)
     try:
+        reader = _Reader(text)
         node = reader.get_single_node()
         lines: dict[Key, int] = {}
         if node is not None:
@@ -89,8 +89,6 @@ def parse(text: str, name: str) -> tuple[Any, dict[Key, int]]:
         raise UserError(f"{where}: {_told(error)}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{name}: not YAML: {error}.") from None
-    finally:
-        reader.dispose()
 
 
 def _told(error: yaml.MarkedYAMLError) -> str:

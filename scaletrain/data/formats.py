@@ -3,7 +3,7 @@
 text        one document a row: every token is learned, and the end of text after it
 completion  `prompt`, `completion`: the completion and the end of text are learned
 chat        `messages`, a list of {role, content}: what the assistant says is learned, up to the end of its turn
-pair        `text` and perhaps `text_pair`, for classification: of two texts, the mark says which one (0 or 1) a token is of
+pair        `text` and perhaps `text_pair`, for classification: of two, the mark says of which (0 or 1) a token is
 
 Special tokens are added once: a beginning that the text or the chat template brings itself is not put before it again,
 nor an end after it. Prompt and completion are tokenised apart, so that the prompt has the very tokens that it has when

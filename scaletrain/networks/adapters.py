@@ -27,10 +27,10 @@ def add_adapter(module: nn.Module, spec: AdapterSpec) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     _check_names(module, spec)
-    config = LoraConfig(
+    config: Any = LoraConfig(
         task_type=_task(module),
         r=spec.r,
-        lora_alpha=spec.alpha,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # peft divides it by r: any number will do
         lora_dropout=spec.dropout,
         use_rslora=spec.type == "rslora",
         use_dora=spec.type == "dora",
@@ -40,19 +40,26 @@ def add_adapter(module: nn.Module, spec: AdapterSpec) -> nn.Module:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right, for GPT-2's Conv1D
+        warnings.filterwarnings(
+            "ignore", message="You have requested `ensure_weight_tying`"
+        )  # and nothing tied is named
         return get_peft_model(module, config)
 
 
 def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """Put a saved adapter over its base network, to be trained on. Raises UserError when it does not fit."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        try:
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=True)  # type: ignore[arg-type]
-        except (ValueError, RuntimeError, UserWarning) as error:
-            raise UserError(f"the adapter in {folder} does not fit this network: {error}") from error
+    try:
+        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the adapter in {folder} does not fit this network: {error}") from error
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        odd = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+    if odd:  # peft only warns
+        raise UserError(f"the adapter in {folder} does not fit this network: {len(odd)} weights differ, as {min(odd)}")
+    return adapted
 
 
 def load_merged(factory: ModuleType, spec: NetworkSpec, folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -68,11 +75,6 @@ def load_merged(factory: ModuleType, spec: NetworkSpec, folder: Path, dtype: tor
     adapted: Any = load_adapter(factory.load(path, factory.Config(**spec.config), dtype), folder)
     merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
     return merged
-
-
-def save(module: nn.Module, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write an adapter in peft's layout. state: takes the place of the module's own state dict (an EMA)."""
-    module.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
 
 
 def _task(module: nn.Module) -> str | None:

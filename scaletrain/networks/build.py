@@ -91,7 +91,12 @@ def read_weights(module: nn.Module, folder: Path, key: str) -> None:
 def state_with(module: nn.Module, average: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
     """Return the state dict with the averaged parameters in place of the current ones."""
     state: dict[str, Any] = module.state_dict()
-    return state | {k: v.to(state[k].dtype) for k, v in average.items()} if average else state
+    if not average:
+        return state
+    # A tied parameter has several names in the state, and the first of them in the average.
+    names = {id(p): name for name, p in module.named_parameters()}
+    aliases = {name: names[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
+    return state | {k: average[n].to(state[k].dtype) for k, n in aliases.items() if k in state and n in average}
 
 
 def save(module: nn.Module, spec: NetworkSpec, folder: Path, average: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -76,7 +76,7 @@ class RunView:
     network: Callable[[str, str], nn.Module]
     """(stage, network) -> that network as the stage left it, in evaluation mode, without gradients."""
     options: Callable[[str], Mapping[str, Any]]
-    """(stage) -> the options of its objective."""
+    """(stage) -> the options of its objective, `type` among them."""
 
 
 @dataclass(frozen=True)

@@ -216,12 +216,11 @@ def check_attention(model: nn.Module, batch: Batch, packed: bool) -> None:
     look across samples. The state of torch's generators stays as it is. Raises UserError.
     """
     device = batch["input_ids"].device
-    tokens = torch.arange(8, device=device)[None] % 2
     positions = torch.arange(8, device=device)[None] % 4 if packed else None
 
     def logits(changed: slice) -> torch.Tensor:
-        ids = tokens.clone()
-        ids[:, changed] = 1 - ids[:, changed]
+        ids = torch.zeros(1, 8, dtype=torch.long, device=device)
+        ids[:, changed] = 1
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(0)
             with torch.compiler.set_stance("force_eager"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -50,6 +51,10 @@ class Objective(base.Objective[Config]):
         """Decode the pictures. Raises UserError that names the row."""
         first, held = self.config.open(train, eval)
         self._shape = first.shape
+        if held is not None:
+            some = np.linspace(0, len(held) - 1, min(len(held), 2000)).astype(int)
+            pictures = held.batch(some.tolist(), np.zeros(len(some), np.uint64))["image"]
+            self._spread = float(torch.pdist(_points(pictures)).mean())
         return Data(first, held)
 
     def networks(self) -> dict[str, NetworkSpec]:
@@ -90,17 +95,33 @@ class Objective(base.Objective[Config]):
         return -made.float().sum() if self.config.loss == "hinge" else F.softplus(-made.float()).sum()
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
-        """Return both players' losses on held-out pictures."""
+        """Return the energy score of the generator, which is the `loss` here, and both players' losses.
+
+        The score of a held-out picture x is E|x - g| - E|g - g'| / 2 over made pictures g, values in [0, 1]: least, on
+        average, for the distribution of the data, and for no other (Gneiting and Raftery, 2007, equation 22).
+        """
         real = batch["image"]
-        z = torch.randn(len(real), self.config.latent, device=real.device)
-        made = networks["critic"](networks["generator"](z))
-        told = self._tell(networks["critic"](real), made)
+        count = len(real)
+        made = networks["generator"](torch.randn(max(count, 2), self.config.latent, device=real.device))
+        told = self._tell(networks["critic"](real), networks["critic"](made[:count]))
+        x, g = _points(real), _points(made)
+        score = torch.cdist(x, g).mean(1).sum() - count / 2 * torch.pdist(g).mean()
         return {
-            "critic_loss": Term(told[0] + told[1], "images", weight=0.0),
-            "generator_loss": Term(self._mislead(made), "images", weight=0.0),
+            "energy_score": Term(score, "images"),
+            "critic": Term(told[0] + told[1], "images", weight=0.0),
+            "generator": Term(self._mislead(networks["critic"](made[:count])), "images", weight=0.0),
         }
+
+    def conclude(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Add the energy distance 2 E|x - g| - E|g - g'| - E|x - x'|, which is 0 when the distribution is learned."""
+        return metrics | {"energy_distance": 2 * metrics["energy_score"] - self._spread}
 
     def sample(self, networks: Networks, request: Request) -> Samples:
         """Draw pictures."""
         z = torch.randn(request.count, self.config.latent, generator=request.generator, device=request.generator.device)
         return Samples(images=(networks["generator"](z) + 1) / 2)
+
+
+def _points(pictures: torch.Tensor) -> torch.Tensor:
+    """Return pictures (N, C, H, W) in [-1, 1] as points (N, CHW) in [0, 1]."""
+    return (pictures.flatten(1).float() + 1) / 2

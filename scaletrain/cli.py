@@ -1,0 +1,296 @@
+"""The command line: parse, call, print. Exit status 0 done, 1 a fault, 2 the user's mistake, 3 stopped but saved."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scaletrain.errors import Interrupted, UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    help="""One trainer for every model family: a run is a recipe, which is a YAML file of values.
+
+    \b
+    Examples:
+      scaletrain run quickstart                        train on an embedded data set, in minutes
+      scaletrain ls                                    what else there is
+      scaletrain run vision/cnn train.duration='3 epochs' data.train=photos/
+      scaletrain cp lm/pretrain mine.yaml              a recipe of your own, to edit and run
+      accelerate launch --config_file launch/cpu_2.yaml -m scaletrain run quickstart
+    """,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="scaletrain")
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function, with the exit statuses of this program."""
+
+    @app.command()
+    @functools.wraps(function)
+    def command(**options: Any) -> None:
+        try:
+            function(**options)
+        except (UserError, Interrupted) as error:
+            if os.environ.get("RANK", "0") == "0":  # every process has the same to say
+                if options.get("verbose"):
+                    traceback.print_exc()
+                print(f"{'error' if isinstance(error, UserError) else 'interrupted'}: {error}", file=sys.stderr)
+            raise typer.Exit(2 if isinstance(error, UserError) else 3) from None
+
+    return command
+
+
+def _complete(incomplete: str) -> list[str]:
+    from scaletrain.catalog import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+Name = Annotated[
+    str, typer.Argument(metavar="NAME|FILE", help="A recipe's name, or a YAML file.", autocompletion=_complete)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as `train.global_batch=64`."),
+]
+Code = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A Python file with an objective of your own, typed by its stem.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the traceback of every error.")]
+Root = Annotated[Path, typer.Option(metavar="DIR", help="Where run folders stand.")]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name in --root.")]
+
+
+@_command
+def ls(
+    json: Annotated[bool, typer.Option("--json", help="Print everything the headers say, for programs.")] = False,
+) -> None:
+    """List the recipes: name, family, one line, and what each needs."""
+    from scaletrain.catalog import list_recipes
+
+    recipes = list_recipes()
+    if json:
+        _print_json([{"name": r.name, "family": r.family, "summary": r.summary, **r.facts} for r in recipes])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, wrap in (("name", False), ("family", False), ("", True), ("needs", True)):
+        table.add_column(column, no_wrap=not wrap, overflow="fold")
+    for r in recipes:
+        table.add_row(r.name, r.family, r.summary, r.needs)
+    Console(markup=False, highlight=False).print(table)
+
+
+@_command
+def show(name: Name) -> None:
+    """Print a recipe as it is written."""
+    from scaletrain.catalog import find
+
+    print(find(name).read_text(encoding="utf-8"), end="")
+
+
+@_command
+def cp(name: Name, file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; must not exist.")]) -> None:
+    """Copy a recipe, to edit and run it."""
+    from scaletrain.catalog import copy
+
+    copy(name, file)
+    print(f"{file}: edit it, then `scaletrain run {file}`")
+
+
+@_command
+def validate(name: Name, overrides: Overrides = None, code: Code = None, verbose: Verbose = False) -> None:
+    """Check a recipe: all that can be known before data or a device is touched.
+
+    \b
+    Examples:
+      scaletrain validate mine.yaml
+      scaletrain validate lm/lora networks.model.path=models/llama data.train=chats.jsonl
+    """
+    recipe = _load(name, overrides, code)
+    from scaletrain.recipe import check, stages
+
+    check(recipe)
+    parts = ", ".join(stage.name for stage in stages(recipe))
+    print(f"{name} is valid{f'; its stages: {parts}' if recipe.stages else ''}")
+
+
+@_command
+def run(
+    name: Name,
+    overrides: Overrides = None,
+    run: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The run folder's name; the recipe's by default.")
+    ] = None,
+    root: Root = Path("checkpoints"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to reuse a folder, instead of resuming.")] = False,
+    code: Code = None,
+    verbose: Verbose = False,
+) -> None:
+    """Train a recipe, or resume where its run folder has a checkpoint.
+
+    \b
+    Examples:
+      scaletrain run quickstart
+      scaletrain run gan/dcgan data.train=photos/ --run photos
+      scaletrain run quickstart stages.teacher.train.duration='500 steps'
+      scaletrain run mine.yaml --code my_objective.py
+    """
+    recipe = _load(name, overrides, code)
+    from scaletrain.catalog import run_name
+    from scaletrain.runs import train
+
+    train(recipe, run_name(name) if run is None else run, root, fresh)
+
+
+@_command
+def sample(
+    run: RunFolder,
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="The family's options.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
+    prompt: Annotated[list[str] | None, typer.Option(help="For families that take text; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The recipe's by default.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="STEM", help="By default RUN/samples/drawn.")] = None,
+    root: Root = Path("checkpoints"),
+    code: Code = None,
+    verbose: Verbose = False,
+) -> None:
+    """Draw samples from the newest verified checkpoint.
+
+    \b
+    Examples:
+      scaletrain sample quickstart --count 64 steps=4
+      scaletrain sample checkpoints/lm-pretrain --prompt 'Once upon a time'
+    """
+    from scaletrain.catalog import find_run
+    from scaletrain.overrides import options_of
+
+    folder, given = find_run(run, root), options_of(options or [])
+    _load_code(code)
+    from scaletrain import finished
+    from scaletrain.callbacks.pictures import write_samples
+
+    samples = finished.sample(folder, count, tuple(prompt or ()), seed, **given)
+    for text in samples.texts or ():
+        print(text)
+    for path in write_samples(out or folder / "samples" / "drawn", samples):
+        print(path, file=sys.stderr)
+
+
+@_command
+def evaluate(
+    run: RunFolder,
+    data: Annotated[list[str] | None, typer.Option(help="Other data than the recipe's; may be repeated.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the metrics for programs.")] = False,
+    root: Root = Path("checkpoints"),
+    code: Code = None,
+    verbose: Verbose = False,
+) -> None:
+    """Evaluate the newest verified checkpoint.
+
+    \b
+    Examples:
+      scaletrain evaluate text-classify
+      scaletrain evaluate checkpoints/text-classify --data test.parquet --json
+    """
+    from scaletrain.catalog import find_run
+
+    folder = find_run(run, root)
+    _load_code(code)
+    from scaletrain import finished
+
+    metrics, report = finished.evaluate(folder, data)
+    if json:
+        _print_json(metrics)
+        return
+    for name, value in metrics.items():
+        print(f"{name:24} {value:.6g}")
+    if report:
+        print(report.text)
+
+
+@_command
+def verify(run: RunFolder, root: Root = Path("checkpoints"), verbose: Verbose = False) -> None:
+    """Check every checkpoint of a run; exit status 1 if one is damaged."""
+    from scaletrain.catalog import find_run
+    from scaletrain.checkpoint import layout, reader
+
+    folder = find_run(run, root)
+    found = layout.checkpoints(folder)
+    if not found:
+        raise UserError(f"{folder} has no checkpoints.")
+    faults = {checkpoint: reader.verify(checkpoint) for checkpoint in found}
+    for checkpoint, wrong in faults.items():
+        print(f"{checkpoint}: {'ok' if not wrong else 'DAMAGED'}")
+        for line in wrong:
+            print(f"  {line}")
+    if any(faults.values()):
+        raise typer.Exit(1)
+
+
+@_command
+def export(
+    run: RunFolder,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    root: Root = Path("checkpoints"),
+    code: Code = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write the trained weights in their library's layout.
+
+    transformers, diffusers and peft load the folders as they are.
+    """
+    from scaletrain.catalog import find_run
+
+    source = find_run(run, root)
+    _load_code(code)
+    from scaletrain.export import export_run
+
+    for path in export_run(source, folder):
+        print(path)
+
+
+@_command
+def schema() -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from scaletrain.recipe import json_schema
+
+    _print_json(json_schema())
+
+
+def _load(name: str, overrides: list[str] | None, code: Path | None) -> Any:
+    from scaletrain.recipe import load
+
+    recipe = load(name, overrides or [])
+    _load_code(code)
+    return recipe
+
+
+def _load_code(code: Path | None) -> None:
+    if code is not None:
+        from scaletrain.recipe import load_code
+
+        load_code(code)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,277 @@
+"""The causal language model's objective against plain sums, and isolation against the samples one by one."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scaletrain.config import Recipe, SourceSpec
+from scaletrain.data.sources import open_rows
+from scaletrain.data.text import IGNORE, Samples, Tokens
+from scaletrain.errors import UserError
+from scaletrain.networks import causal_lm
+from scaletrain.objectives.base import Request
+from scaletrain.objectives.causal_lm import Config, Objective, check_attention, forward
+
+SIZES = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = {"model_type": "llama", "intermediate_size": 32, "max_position_embeddings": 64, **SIZES}
+ARCHITECTURES = {
+    "llama": LLAMA,
+    "gpt2": {"model_type": "gpt2", "n_positions": 64, **SIZES},
+    "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 8, "num_key_value_heads": 1},
+    "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 4, "num_key_value_heads": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALETRAIN_CACHE", str(tmp_path / "cache"))
+
+
+def network(config: dict[str, Any], **options: Any) -> Any:
+    torch.manual_seed(0)
+    module = causal_lm.build(causal_lm.Config(**{**config, **options}))
+    with torch.no_grad():  # large weights, so that a leak would be seen
+        for p in module.parameters():
+            p.normal_(0, 0.5)
+    return module.eval()
+
+
+def objective(options: dict[str, Any] | None = None, network: dict[str, Any] | None = None, **data: Any) -> Objective:
+    recipe = Recipe.model_validate(
+        {
+            "objective": {"type": "causal_lm"},
+            "networks": {"model": network or {"config": {k: v for k, v in LLAMA.items() if k != "vocab_size"}}},
+            "data": {"train": "unused", "seq_len": 16, **data},
+        }
+    )
+    return Objective(Config.model_validate({"tokenizer": {"vocab_size": 270}, **(options or {})}), recipe)
+
+
+def rows_of(folder: Path, *rows: dict[str, Any], name: str = "rows.jsonl") -> Any:
+    (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return open_rows([SourceSpec(path=str(folder / name))])
+
+
+PAIRS = [{"prompt": "the cat " * (i % 3 + 1), "completion": "sat on the mat " * (i % 2 + 1)} for i in range(12)]
+
+
+def whole_batch(dataset: Any) -> dict[str, torch.Tensor]:
+    return dataset.batch(range(len(dataset)), np.zeros(len(dataset), np.uint64))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_logits_equal_those_of_each_sample_alone(name: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 14, 30)
+    ids = rng.integers(0, 300, lengths.sum()).astype(np.uint16)
+    tokens = Tokens(ids, np.ones(len(ids), np.uint8), np.concatenate([[0], lengths.cumsum()]))
+    rows = rows_of(tmp_path, *[{"text": "x"}] * 30)
+    packed = Samples(tokens, rows, 20, fill=0, packed=True)
+    batch = whole_batch(packed)
+    module = network(ARCHITECTURES[name])
+    check_attention(module, batch, packed=True)
+    with torch.no_grad():
+        together = forward(module, batch["input_ids"], batch["position_ids"])
+        compared = 0
+        for pack in range(len(packed)):
+            place = 0
+            for sample in packed._members(pack).tolist():
+                a, n = int(tokens.offsets[sample]), int(lengths[sample]) - 1
+                alone = module(input_ids=torch.from_numpy(ids[a : a + n].astype(np.int64))[None]).logits[0]
+                torch.testing.assert_close(together[pack, place : place + n], alone, rtol=1e-5, atol=1e-5)
+                place, compared = place + n, compared + 1
+        assert compared == 30
+        changed = batch["input_ids"].clone()
+        first = int(lengths[packed._members(0)[0]]) - 1
+        changed[0, :first] = (changed[0, :first] + 1) % 300
+        again = forward(module, changed, batch["position_ids"])
+    assert torch.equal(again[0, first : int(batch["lengths"][0])], together[0, first : int(batch["lengths"][0])])
+    assert not torch.equal(again[0, :first], together[0, :first])
+
+
+class Leaky(nn.Module):
+    """Sees the sum of all tokens so far, whatever the positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(300, 16)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, position_ids: torch.Tensor | None = None) -> Any:
+        return type("Out", (), {"logits": self.embed(input_ids).cumsum(1) @ self.embed.weight.T})
+
+
+class Positionless(Leaky):
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:  # type: ignore[override]
+        return super().forward(input_ids, use_cache)
+
+
+def test_networks_that_see_too_much_are_refused() -> None:
+    batch = {"input_ids": torch.zeros(1, 8, dtype=torch.long)}
+    check_attention(Leaky(), batch, packed=False)
+    for module in (Leaky(), Positionless()):
+        with pytest.raises(UserError, match=r"data.packing: the samples of a pack would see each other"):
+            check_attention(module, batch, packed=True)
+    encoder = network({"model_type": "bert", "intermediate_size": 32, "max_position_embeddings": 64, **SIZES})
+    with pytest.raises(UserError, match=r"sees the tokens that it is to predict"):
+        check_attention(encoder, batch, packed=False)
+
+
+def test_the_check_passes_with_dropout_and_leaves_the_generator_alone() -> None:
+    module = network(ARCHITECTURES["gpt2"]).train()
+    state = torch.get_rng_state()
+    check_attention(module, {"input_ids": torch.zeros(1, 8, dtype=torch.long)}, packed=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert module.training
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_is_the_sum_over_learned_tokens(packing: bool, smoothing: float, tmp_path: Path) -> None:
+    own = objective({"label_smoothing": smoothing}, packing=packing, seq_len=40)
+    data = own.prepare(rows_of(tmp_path, *PAIRS), None)
+    module = causal_lm.build(causal_lm.Config(**own.networks()["model"].config)).eval()
+    batch = whole_batch(data.train)
+    term = own.loss(own.turns[0], {"model": module}, batch)["loss"]
+    expected, plain, targets, real = 0.0, 0.0, 0, 0
+    tokenizer = own.tokenizer
+    assert tokenizer is not None
+    for row in PAIRS:
+        prompt, completion = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+        ids = torch.tensor([*prompt, *completion, tokenizer.eos_token_id])
+        with torch.no_grad():
+            log_p = module(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)
+        for t in range(len(prompt) - 1, len(ids) - 1):
+            expected += float(-(1 - smoothing) * log_p[t, ids[t + 1]] - smoothing * log_p[t].mean())
+            plain += float(-log_p[t, ids[t + 1]])
+            targets += 1
+        real += len(ids) - 1
+    assert own.counts(own.turns[0], batch) == {"targets": targets, "tokens": real}
+    assert term.per == "targets"
+    assert float(term.sum) == pytest.approx(expected, rel=1e-5)
+    assert float(own.evaluate({"model": module}, batch)["loss"].sum) == pytest.approx(plain, rel=1e-5)
+    assert own.conclude({"loss": plain / targets})["perplexity"] == pytest.approx(math.exp(plain / targets))
+
+
+def test_loss_in_bfloat16_is_summed_in_float32(tmp_path: Path) -> None:
+    own = objective(seq_len=40)
+    batch = whole_batch(own.prepare(rows_of(tmp_path, *PAIRS), None).train)
+    module: Any = causal_lm.build(causal_lm.Config(**own.networks()["model"].config)).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        logits = module(input_ids=batch["input_ids"]).logits
+        term = own.evaluate({"model": module}, batch)["loss"]
+    assert logits.dtype == torch.bfloat16
+    assert term.sum.dtype == torch.float32
+    reference = F.cross_entropy(
+        logits.double().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    assert float(term.sum) == pytest.approx(float(reference), rel=1e-5)
+
+
+def test_padding_with_the_end_of_text_still_learns_the_end(tmp_path: Path) -> None:
+    own = objective(seq_len=40)
+    own.prepare(rows_of(tmp_path, *PAIRS), None)
+    assert own.tokenizer is not None
+    own.tokenizer.pad_token = own.tokenizer.eos_token
+    batch = whole_batch(own.prepare(rows_of(tmp_path, *PAIRS), None).train)
+    end = own.tokenizer.eos_token_id
+    assert (batch["labels"] == end).sum(1).tolist() == [1] * len(PAIRS)
+    assert int((batch["input_ids"] == end).sum()) == int(batch["input_ids"].numel() - batch["lengths"].sum())
+
+
+def test_a_new_network_takes_the_tokenizer_s_figures(tmp_path: Path) -> None:
+    own = objective()
+    own.prepare(rows_of(tmp_path, {"text": "the cat sat on the mat " * 9}), None)
+    spec = own.networks()["model"]
+    assert spec.type == "causal_lm"
+    assert own.tokenizer is not None
+    assert spec.config["vocab_size"] == 270
+    assert spec.config["eos_token_id"] == own.tokenizer.eos_token_id
+    assert spec.config["hidden_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "network_spec", "data", "message"),
+    [
+        ({}, {}, {"seq_len": None}, "data.seq_len is missing"),
+        ({}, {"config": LLAMA}, {"seq_len": 65}, "data.seq_len=65: the network has 64 positions"),
+        ({}, {"config": {**LLAMA, "vocab_size": 269}}, {}, "tokenizer has 270 tokens, the network embeds 269"),
+        ({"format": "chat"}, {}, {}, "no column `messages`"),
+    ],
+)
+def test_bad_settings(options: Any, network_spec: Any, data: Any, message: str, tmp_path: Path) -> None:
+    own = objective(options, network_spec, **data)
+    with pytest.raises(UserError, match=message):
+        own.prepare(rows_of(tmp_path, {"text": "the cat sat on the mat " * 9}), None)
+
+
+def test_a_network_must_be_named() -> None:
+    with pytest.raises(UserError, match=r"networks.model: give the `path`"):
+        objective(network={"frozen": False})
+
+
+def test_all_masked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing to learn .*rows.jsonl line 1"):
+        objective(seq_len=2).prepare(rows_of(tmp_path, *PAIRS), None)
+
+
+def test_samples_are_a_function_of_the_generator(tmp_path: Path) -> None:
+    own = objective({"sampling": {"max_new_tokens": 6}}, seq_len=40)
+    own.prepare(rows_of(tmp_path, *PAIRS), None)
+    module = causal_lm.build(causal_lm.Config(**own.networks()["model"].config)).eval()
+
+    def texts(seed: int, **request: Any) -> list[str]:
+        asked = Request(count=5, generator=torch.Generator().manual_seed(seed), **request)
+        found = own.sample({"model": module}, asked).texts
+        assert found is not None
+        return found
+
+    state = torch.get_rng_state()
+    assert texts(1) == texts(1)
+    assert texts(1) != texts(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(t.startswith("the cat ") for t in texts(1))
+    assert all(t.startswith("the mat") for t in texts(1, prompts=("the mat",)))
+    with pytest.raises(UserError, match=r"`temprature`.*`temperature`"):
+        texts(1, options={"temprature": 1})
+
+
+def test_greedy_samples_equal_the_most_likely_tokens(tmp_path: Path) -> None:
+    """With prompts of different lengths in one batch, so that padding and the cache are right."""
+    own = objective({"sampling": {"max_new_tokens": 5, "temperature": 0}}, seq_len=40)
+    own.prepare(rows_of(tmp_path, *PAIRS), None)
+    tokenizer = own.tokenizer
+    assert tokenizer is not None
+    module: Any = network(own.networks()["model"].config)
+    prompts = ("the cat", "the cat sat on the mat", "a")
+    request = Request(count=3, generator=torch.Generator().manual_seed(0), prompts=prompts)
+    for prompt, text in zip(prompts, own.sample({"model": module}, request).texts or [], strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        for _ in range(5):
+            with torch.no_grad():
+                token = int(module(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+        assert text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_restored_from_its_folder(tmp_path: Path) -> None:
+    own = objective(seq_len=60)
+    chat = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "the cat sat on the mat " * 2}]
+    own.prepare(rows_of(tmp_path, {"messages": chat}), None)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    own.save_assets("model", folder)
+    again = objective()
+    again.restore({"model": folder})
+    assert again.networks() == own.networks()
+    module = network(again.networks()["model"].config)
+    request = Request(2, torch.Generator().manual_seed(0), ("hello",), {"max_new_tokens": 3})
+    assert (again.sample({"model": module}, request).texts or [""])[0].startswith("<|im_start|>user\nhello")

@@ -1,0 +1,146 @@
+"""The text classifier's objective against plain sums, and what it says of bad labels."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from scaletrain.config import Recipe, SourceSpec
+from scaletrain.data.sources import open_rows
+from scaletrain.errors import UserError
+from scaletrain.networks import text_classifier
+from scaletrain.objectives.base import Request
+from scaletrain.objectives.text_classification import Config, Objective
+
+BERT = {
+    "model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}  # fmt: skip
+LLAMA = {**BERT, "model_type": "llama"}
+ROWS = [{"text": "the cat sat " * (i % 4 + 1), "label": ["good", "bad", "fair"][i % 3]} for i in range(12)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALETRAIN_CACHE", str(tmp_path / "cache"))
+
+
+def objective(network: dict[str, Any] | None = None, seq_len: int | None = 32, **options: Any) -> Objective:
+    recipe = Recipe.model_validate(
+        {
+            "objective": {"type": "text_classification"},
+            "networks": {"model": {"config": network or BERT}},
+            "data": {"train": "unused", "seq_len": seq_len},
+        }
+    )
+    return Objective(Config.model_validate({"tokenizer": {"vocab_size": 262}, **options}), recipe)
+
+
+def rows_of(folder: Path, *rows: dict[str, Any], name: str = "rows.jsonl") -> Any:
+    (folder / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return open_rows([SourceSpec(path=str(folder / name))])
+
+
+def whole_batch(dataset: Any) -> dict[str, torch.Tensor]:
+    return dataset.batch(range(len(dataset)), np.zeros(len(dataset), np.uint64))
+
+
+@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_loss_and_accuracy_are_sums_over_texts(config: dict[str, Any], smoothing: float, tmp_path: Path) -> None:
+    own = objective(config, label_smoothing=smoothing)
+    data = own.prepare(rows_of(tmp_path, *ROWS), rows_of(tmp_path, *ROWS[:5], name="eval.jsonl"))
+    assert data.eval is not None
+    assert (len(data.train), len(data.eval)) == (12, 5)
+    spec = own.networks()["model"]
+    torch.manual_seed(0)
+    module: Any = text_classifier.build(text_classifier.Config(**spec.config)).eval()
+    assert module.config.id2label == {0: "bad", 1: "fair", 2: "good"}
+    batch = whole_batch(data.train)
+    assert own.tokenizer is not None
+    loss, plain, right, tokens = 0.0, 0.0, 0, 0
+    for row in ROWS:
+        ids = own.tokenizer(row["text"])["input_ids"]
+        label = ["bad", "fair", "good"].index(row["label"])
+        with torch.no_grad():
+            log_p = module(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        loss += float(-(1 - smoothing) * log_p[label] - smoothing * log_p.mean())
+        plain, right, tokens = plain + float(-log_p[label]), right + int(log_p.argmax() == label), tokens + len(ids)
+    terms = own.loss(own.turns[0], {"model": module}, batch)
+    assert float(terms["loss"].sum) == pytest.approx(loss, rel=1e-5)
+    assert int(terms["accuracy"].sum) == right
+    assert terms["accuracy"].weight == 0
+    assert not terms["accuracy"].sum.requires_grad
+    assert float(own.evaluate({"model": module}, batch)["loss"].sum) == pytest.approx(plain, rel=1e-5)
+    assert own.counts(own.turns[0], batch) == {"samples": 12, "tokens": tokens}
+
+
+def test_it_learns_and_is_restored(tmp_path: Path) -> None:
+    own = objective()
+    rows = [{"text": f"{w} day", "label": i} for i, w in enumerate(["good", "bad"])] * 4
+    data = own.prepare(rows_of(tmp_path, *rows), None)
+    torch.manual_seed(0)
+    module: Any = text_classifier.build(text_classifier.Config(**own.networks()["model"].config))
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    for _ in range(20):
+        term = own.loss(own.turns[0], {"model": module}, whole_batch(data.train))["loss"]
+        optimizer.zero_grad()
+        term.sum.backward()
+        optimizer.step()
+    module.eval()
+    module.save_pretrained(tmp_path / "model")
+    own.save_assets("model", tmp_path / "model")
+    again = objective()
+    again.restore({"model": tmp_path / "model"})
+    config = text_classifier.Config(**json.loads(json.dumps(again.networks()["model"].config)))
+    loaded = text_classifier.load(str(tmp_path / "model"), config, torch.float32).eval()
+    request = Request(2, torch.Generator(), ("good day", "bad day"))
+    found = again.sample({"model": loaded}, request)
+    assert found is not None
+    assert [t.split()[0] for t in found.texts or []] == ["0", "1"]
+    assert again.sample({"model": loaded}, Request(2, torch.Generator())) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "train", "held", "message"),
+    [
+        (
+            {"num_classes": 2},
+            [{"text": "a", "label": 5}],
+            None,
+            "line 1: `label` is 5, out of range: there are 2 classes",
+        ),
+        ({}, [{"text": "a", "label": "x"}, {"text": "a", "label": 3}], None, "line 2: `label` is 3"),
+        (
+            {},
+            [{"text": "a", "label": "x"}, {"text": "a", "label": "y"}],
+            [{"text": "a", "label": "z"}],
+            "no class of the",
+        ),
+        ({}, [{"text": None, "label": 0}, {"text": "a", "label": 1}], None, "line 1: `text` must be a text"),
+        ({}, [{"text": "a"}], None, "no column `label`"),
+        (
+            {"seq_len": 33},
+            [{"text": "a", "label": 0}, {"text": "a", "label": 1}],
+            None,
+            "data.seq_len=33: .* 32 positions",
+        ),
+        (
+            {"network": {**BERT, "num_labels": 3}},
+            [{"text": "a", "label": 0}, {"text": "a", "label": 1}],
+            None,
+            "networks.model.config.num_labels is 3",
+        ),
+    ],
+)
+def test_bad_data_is_named(options: Any, train: Any, held: Any, message: str, tmp_path: Path) -> None:
+    tokenizer = objective()
+    tokenizer.prepare(rows_of(tmp_path, *ROWS, name="good.jsonl"), None)
+    own = objective(**options)
+    own.tokenizer = tokenizer.tokenizer
+    eval_rows = rows_of(tmp_path, *held, name="eval.jsonl") if held else None
+    with pytest.raises(UserError, match=message):
+        own.prepare(rows_of(tmp_path, *train), eval_rows)
