@@ -94,7 +94,7 @@ def build_players(
             networks=own,
             trainable=trainable,
             optimizer=optimizer,
-            schedule=build_schedule(spec.schedule, updates_of(name, turns, steps)),
+            schedule=build_schedule(spec.schedule, updates_of(name, turns, steps), f"players.{name}.schedule"),
             clip=spec.clip,
             scaler=build_scaler(spec.scaler, recipe.train.precision),
             ema=EMA(trainable, spec.ema) if spec.ema else None,

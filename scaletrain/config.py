@@ -153,12 +153,14 @@ class OptimizerSpec(Strict):
 
 
 class ScheduleSpec(Strict):
-    """How the learning rate changes with the updates of a player; warm-up is linear, from 0, for all types."""
+    """How the learning rate changes with the updates of a player, after a warm-up (linear; one_cycle's is a cosine)."""
 
     type: Literal[
         "constant", "linear", "cosine", "wsd", "inverse_sqrt", "polynomial", "one_cycle", "plateau"
     ] = "constant"  # fmt: skip
     warmup_steps: int = Field(0, ge=0)
+    warmup_share: float = Field(0.0, ge=0, lt=1)
+    """The warm-up as a share of all updates, in place of `warmup_steps`."""
     final: float = Field(0.0, ge=0, le=1)
     """Factor of the peak rate at the end (linear, cosine, wsd, polynomial, one_cycle) or the floor (plateau)."""
     decay_share: float = Field(0.2, gt=0, le=1)

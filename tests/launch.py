@@ -1,95 +1,117 @@
-"""Starting the command line as users do, on one or several gloo processes, and killing it."""
+"""Starting the command line on one or several gloo processes, as launchers do, and killing it.
+
+Processes are forked from a server that has imported the heavy libraries once, so that a test pays for training alone.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.preload"])
 
 
-def start(arguments: Sequence[object], processes: int = 1, cwd: Path | None = None) -> list[subprocess.Popen[str]]:
-    """Start `python -m scaletrain ARGUMENTS` on so many ranks, as torchrun would."""
+@dataclass(frozen=True)
+class Run:
+    """The processes of a run, by rank, and the file that they print to."""
+
+    ranks: list[ForkServerProcess]
+    output: Path
+
+    def finish(self, timeout: float = 400) -> tuple[list[int | None], str]:
+        """Wait for all ranks. Returns exit statuses by rank, and everything that was printed."""
+        end = time.monotonic() + timeout
+        for rank in self.ranks:
+            rank.join(max(0.0, end - time.monotonic()))
+        late = [rank for rank in self.ranks if rank.is_alive()]
+        for rank in late:
+            rank.kill()
+            rank.join()
+        text = self.output.read_text()
+        assert not late, f"{len(late)} ranks did not end in {timeout} seconds\n{text}"
+        return [rank.exitcode for rank in self.ranks], text
+
+    def stop_when(self, ready: Callable[[], bool], number: int = signal.SIGKILL) -> tuple[list[int | None], str]:
+        """Send a signal to every rank as soon as `ready()`. Fails when the run ends before that."""
+        end = time.monotonic() + 300
+        while not ready():
+            if any(rank.exitcode is not None for rank in self.ranks) or time.monotonic() > end:
+                for rank in self.ranks:
+                    rank.kill()
+                raise AssertionError(f"ended before the signal, or too late\n{self.finish()[1]}")
+            time.sleep(0.002)
+        for rank in self.ranks:
+            assert rank.pid is not None
+            os.kill(rank.pid, number)
+        return self.finish()
+
+
+def start(arguments: Sequence[object], processes: int = 1, cwd: Path | None = None) -> Run:
+    """Start `scaletrain ARGUMENTS` on so many ranks, with the variables that torchrun would set."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = []
+    output = Path(tempfile.mkstemp(suffix=".log")[1])
+    ranks = []
     for rank in range(processes):
-        environment = {**os.environ, **ENVIRONMENT}
+        environment = {"ACCELERATE_USE_CPU": "true"}
         if processes > 1:
-            environment |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(processes),
-                "LOCAL_WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "scaletrain", *map(str, arguments)],
-                env=environment,
-                cwd=cwd,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        cache = {k: v for k, v in os.environ.items() if k.startswith("SCALETRAIN_")}
+        ranks.append(
+            _context.Process(target=_main, args=([str(a) for a in arguments], environment | cache, output, cwd))
         )
-    return started
+        ranks[-1].start()
+    return Run(ranks, output)
 
 
-def finish(started: list[subprocess.Popen[str]], timeout: float = 300) -> tuple[list[int], str]:
-    """Wait for all ranks. Returns exit statuses by rank, and everything that was printed."""
-    texts = [p.communicate(timeout=timeout)[0] for p in started]
-    return [p.returncode for p in started], "\n".join(texts)
+def _main(arguments: list[str], environment: dict[str, str], output: Path, cwd: Path | None) -> None:
+    os.environ.update(environment)
+    if cwd:
+        os.chdir(cwd)
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.argv = ["scaletrain", *arguments]
+    from scaletrain.cli import main
+
+    main()
 
 
 def run(arguments: Sequence[object], processes: int = 1, cwd: Path | None = None, expect: int = 0) -> str:
     """Run to the end and check the exit status of every rank. Returns the output."""
-    codes, text = finish(start(arguments, processes, cwd))
+    codes, text = start(arguments, processes, cwd).finish()
     assert codes == [expect] * processes, f"exit statuses {codes}\n{text}"
     return text
-
-
-def stop_when(
-    started: list[subprocess.Popen[str]], ready: Callable[[], bool], number: int = signal.SIGKILL, timeout: float = 240
-) -> tuple[list[int], str]:
-    """Send a signal to every rank as soon as `ready()`. Fails when the run ends before that."""
-    end = time.monotonic() + timeout
-    while not ready():
-        codes = [p.poll() for p in started]
-        if any(code is not None for code in codes) or time.monotonic() > end:
-            for p in started:
-                p.kill()
-            raise AssertionError(f"ended before the signal, or too late: {codes}\n{finish(started)[1]}")
-        time.sleep(0.005)
-    for p in started:
-        p.send_signal(number)
-    return finish(started)
-
-
-def steps_logged(folder: Path) -> list[int]:
-    """Return the steps of the training records in metrics.jsonl."""
-    return [r["step"] for r in metrics(folder) if r["kind"] == "train"]
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
     """Return the whole records in metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
     records = []
-    for line in lines:
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except ValueError:  # the last line of a run that was killed
             break
     return records
+
+
+def steps(folder: Path) -> list[float]:
+    """Return the steps of the training records in metrics.jsonl."""
+    return [record["step"] for record in metrics(folder) if record["kind"] == "train"]

@@ -96,7 +96,7 @@ class Rows:
         listed = ", ".join(f"`{c}`" for c in names)
         raise UserError(
             f"`{self._tables[table].label}` has no column `{role}` ({why}); it has {listed}."
-            f"{hint if 'mean' in hint else ''} Say which one it is by `columns: {{{role}: COLUMN}}` of the source."
+            f"{hint if hint.startswith(' Did') else ''} Say which one it is by `columns: {{{role}: COLUMN}}` of the source."
         )
 
     def column(self, name: str) -> Sequence[Any]:

@@ -28,6 +28,7 @@ from scaletrain.data.tokenizers import (
     train_tokenizer,
 )
 from scaletrain.errors import UserError, did_you_mean
+from scaletrain.explain import decode
 from scaletrain.objectives import base
 from scaletrain.objectives.base import Data, Networks, Request
 from scaletrain.player import Batch, Term, Turn
@@ -122,7 +123,7 @@ class Objective(base.Objective[Config]):
         assert tokenizer is not None
         if spec.source:
             return  # its weights fit its configuration, and its tokenizer came with it
-        config = causal_lm.Config(**spec.config)
+        config = decode(causal_lm.Config, spec.config, "networks.model.config")
         settings = (
             causal_lm.read_config(spec.path, config) if spec.path else causal_lm.new_config(config)
         ).get_text_config()
@@ -197,7 +198,7 @@ class Objective(base.Objective[Config]):
         fmt: Any = formats.language_format("completion" if self._format == "text" else self._format, tokenizer)
         prompts = [fmt.prompt(p) for p in request.prompts] or self._prompts or [[]]
         start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        prompts = [prompts[i % len(prompts)] or [start] for i in range(request.count)]
+        prompts = [prompts[i * len(prompts) // request.count] or [start] for i in range(request.count)]
         ids = generate(networks["model"], prompts, how, request.generator, filler(tokenizer), tokenizer.eos_token_id)
         return base.Samples(texts=tokenizer.batch_decode(ids, skip_special_tokens=True))
 

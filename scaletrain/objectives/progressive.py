@@ -64,7 +64,8 @@ class Objective(base.Objective[Config]):
                 f"objective.teacher_steps ({config.teacher_steps}) must be 2 or more times objective.steps "
                 f"({config.steps})"
             )
-        if recipe.networks.get("teacher", NetworkSpec()).frozen is False:
+        teacher = recipe.networks.get("teacher", NetworkSpec())
+        if not teacher.frozen or teacher.source is teacher.path is None:
             raise UserError("networks.teacher must have `frozen: true`, and `from` or `path` for its weights")
 
     def prepare(self, train: Rows, eval: Rows | None) -> Data:

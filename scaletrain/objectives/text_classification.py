@@ -27,6 +27,7 @@ from scaletrain.data.tokenizers import (
     train_tokenizer,
 )
 from scaletrain.errors import UserError
+from scaletrain.explain import decode
 from scaletrain.objectives import base
 from scaletrain.objectives.base import Data, Networks, Request, Samples
 from scaletrain.player import Batch, Term, Turn
@@ -107,7 +108,7 @@ class Objective(base.Objective[Config]):
             if not self.spec.path:
                 self._settings = special_ids(self.tokenizer)
             spec = self.networks()["model"]
-            config = text_classifier.Config(**spec.config)
+            config = decode(text_classifier.Config, spec.config, "networks.model.config")
             settings: Any = (
                 text_classifier.read_config(spec.path, config) if spec.path else text_classifier.new_config(config)
             )

@@ -79,6 +79,8 @@ def build_schedule(spec: ScheduleSpec, total_updates: int, key: str = "schedule"
     a figure that the type does not use.
     """
     check_schedule(spec, key)
+    if spec.warmup_share:
+        spec = spec.model_copy(update={"warmup_steps": round(spec.warmup_share * total_updates)})
     if spec.warmup_steps > total_updates:
         raise UserError(
             f"`{key}.warmup_steps` is {spec.warmup_steps}, but the player makes {total_updates} updates in all: "
@@ -93,7 +95,9 @@ def build_schedule(spec: ScheduleSpec, total_updates: int, key: str = "schedule"
 
 
 def check_schedule(spec: ScheduleSpec, key: str = "schedule") -> None:
-    """Raise UserError for a figure other than its default that the type does not use."""
+    """Raise UserError for a figure other than its default that the type does not use, or two that say the same."""
+    if spec.warmup_share and spec.warmup_steps:
+        raise UserError(f"`{key}`: give warmup_steps or warmup_share, not both.")
     for name, types in _USED_BY.items():
         if spec.type not in types and getattr(spec, name) != ScheduleSpec.model_fields[name].default:
             raise UserError(f"`{key}.{name}`: {spec.type} does not use it; remove it (it is for {', '.join(types)}).")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import finish, metrics, run, start
+from tests.launch import metrics, run, start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -104,9 +104,8 @@ def test_an_overflow_on_one_rank_skips_the_update_on_both(tmp_path: Path) -> Non
 def test_a_nan_under_bf16_names_step_rank_and_samples_and_stops_before_the_update(tmp_path: Path) -> None:
     path = recipe(tmp_path, precision="bf16")
     arguments = ["run", path, "objective.spoil=.nan", "checkpoint.every=1 steps"]
-    codes, text = finish(
-        start([*arguments, "--code", tmp_path / "spoiled.py", "--root", tmp_path, "--run", "r"], processes=2)
-    )
+    arguments += ["--code", tmp_path / "spoiled.py", "--root", tmp_path, "--run", "r"]
+    codes, text = start(arguments, processes=2).finish()
     assert codes == [2, 2], text
     assert "Traceback" not in text
     for part in ("step 6", "rank 1: example ", "Nothing was updated"):

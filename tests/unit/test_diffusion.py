@@ -265,9 +265,10 @@ def test_steps_must_divide(steps: int, teacher_steps: int) -> None:
         progressive.Objective(progressive.Config(steps=steps, teacher_steps=teacher_steps), recipe(teacher=TEACHER))
 
 
-def test_teacher_must_be_frozen() -> None:
+@pytest.mark.parametrize("teacher", [{"from": "stage:teacher/model"}, {"type": "unet", "frozen": True}])
+def test_teacher_must_be_frozen_and_trained(teacher: dict[str, object]) -> None:
     with pytest.raises(UserError, match="frozen: true"):
-        progressive.Objective(progressive.Config(steps=1, teacher_steps=2), recipe(teacher={"type": "unet"}))
+        progressive.Objective(progressive.Config(steps=1, teacher_steps=2), recipe(teacher=teacher))
 
 
 class _Dot(torch.nn.Module):

@@ -244,6 +244,11 @@ def test_stages_merge_onto_the_recipe(write):
     assert all(not part.stages for part in parts.values())
 
 
+def test_a_stage_takes_a_whole_part_away(write):
+    parts = by_name(write(BASE + "evaluate: {samples: 3}\n" + STAGES + "    evaluate: null\n"))
+    assert [p.evaluate.samples for p in parts.values()] == [3, 64]
+
+
 def test_without_stages_there_is_one():
     r = recipe.Recipe.model_validate({"objective": {"type": "x"}, "data": {"train": "a.csv"}})
     assert [(s.name, s.recipe) for s in stages(r)] == [("main", r)]
@@ -316,7 +321,9 @@ def test_a_resolved_recipe_loads_as_itself(write, text):
     assert second == first
     assert stages(second) == stages(first)
     assert resolved_yaml(second) == resolved_yaml(first)
-    assert yaml.safe_load(resolved_yaml(first))["train"]["precision"] == "fp32"  # defaults are written out
+    written = yaml.safe_load(resolved_yaml(first))
+    assert written["train"]["precision"] == "fp32"  # defaults are written out
+    assert written["networks"]["model"]["from"] == "run:x/y"
 
 
 def test_schema_takes_what_load_takes():

@@ -20,7 +20,7 @@ BERT = {
     "max_position_embeddings": 32,
 }  # fmt: skip
 LLAMA = {**BERT, "model_type": "llama"}
-ROWS = [{"text": "the cat sat " * (i % 4 + 1), "label": ["good", "bad", "fair"][i % 3]} for i in range(12)]
+ROWS = [{"text": "the cat sat " * (i % 4 + 1), "label": ["good", "bad", "fair"][i * i % 7 % 3]} for i in range(12)]
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +58,9 @@ def test_loss_and_accuracy_are_sums_over_texts(config: dict[str, Any], smoothing
     spec = own.networks()["model"]
     torch.manual_seed(0)
     module: Any = text_classifier.build(text_classifier.Config(**spec.config)).eval()
+    with torch.no_grad():  # new weights give every class the same share, smoothed or not
+        for p in module.parameters():
+            p.normal_(0, 0.5)
     assert module.config.id2label == {0: "bad", 1: "fair", 2: "good"}
     batch = whole_batch(data.train)
     assert own.tokenizer is not None

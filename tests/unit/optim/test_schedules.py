@@ -165,3 +165,11 @@ def test_a_decay_that_does_not_fit_is_refused():
 def test_a_figure_that_the_type_does_not_use_is_refused(kind, key, value):
     with pytest.raises(UserError, match=rf"`schedule\.{key}`: {kind} does not use it"):
         build_schedule(ScheduleSpec(type=kind, **{key: value}), 100)
+
+
+def test_a_warmup_as_a_share_is_the_same_warmup_in_updates() -> None:
+    by_share = build_schedule(ScheduleSpec(type="cosine", warmup_share=0.1), 200)
+    by_steps = build_schedule(ScheduleSpec(type="cosine", warmup_steps=20), 200)
+    assert [by_share.factor(u) for u in range(200)] == [by_steps.factor(u) for u in range(200)]
+    with pytest.raises(UserError, match="not both"):
+        build_schedule(ScheduleSpec(warmup_share=0.1, warmup_steps=3), 100)

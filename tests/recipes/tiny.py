@@ -1,0 +1,89 @@
+"""Every shipped recipe, made small: overrides that let it train for some steps within a second on data made here."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+STEPS = 30
+WORDS = ("the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then", "slept", "ate", "fish")
+
+
+def text(draw: random.Random, words: int) -> str:
+    """Return so many words."""
+    return " ".join(draw.choices(WORDS, k=words))
+
+
+def make_data(folder: Path) -> None:
+    """Write a text, prompts with completions, labelled sentences, and two pretrained networks with a tokenizer."""
+    draw = random.Random(0)
+    (folder / "text.txt").write_text("\n".join(text(draw, 12) for _ in range(300)))
+    with (folder / "prompts.jsonl").open("w") as file:
+        for _ in range(120):
+            row = {"prompt": text(draw, draw.randint(1, 9)), "completion": " " + text(draw, draw.randint(1, 20))}
+            file.write(json.dumps(row) + "\n")
+    with (folder / "labels.jsonl").open("w") as file:
+        for _ in range(120):
+            sentence = text(draw, draw.randint(2, 9))
+            file.write(json.dumps({"text": sentence, "label": int("cat" in sentence)}) + "\n")
+    make_networks(folder)
+
+
+def make_networks(folder: Path) -> None:
+    """Write a causal network to `llama` and an encoder to `bert`, with random weights and one tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", *WORDS))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", eos_token="</s>").save_pretrained(
+        folder / "llama"
+    )
+    LlamaForCausalLM(LlamaConfig(**size, num_key_value_heads=2)).save_pretrained(folder / "llama")
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder / "bert")
+    BertModel(BertConfig(**size)).save_pretrained(folder / "bert")
+
+
+def overrides(recipe: str, folder: Path) -> list[str]:
+    """Return what makes a recipe small. A recipe that is not known here fails its tests: give it a line."""
+    own = {
+        "quickstart": ["train.duration=6 steps", "train.global_batch=8", "evaluate.samples=4"],
+        "lm/pretrain": [
+            f"data.train={folder}/text.txt",
+            "data.seq_len=32",
+            "objective.tokenizer.vocab_size=270",
+            "networks.model.config.hidden_size=16",
+            "networks.model.config.intermediate_size=32",
+            "networks.model.config.num_hidden_layers=2",
+            "networks.model.config.num_attention_heads=2",
+        ],
+        "lm/lora": [f"data.train={folder}/prompts.jsonl", f"networks.model.path={folder}/llama", "data.seq_len=48"],
+        "text/classify": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
+        "vision/cnn": ["data.train.rows=200"],
+        "vision/resnet18": [
+            "data.train=sklearn:digits",
+            "data.train.rows=200",
+            "objective.size=8",
+            "networks.model.config.features=8",
+        ],
+        "gan/dcgan": [
+            "data.train.rows=200",
+            "networks.generator.config.features=8",
+            "networks.critic.config.features=8",
+        ],
+    }
+    short = [f"train.duration={STEPS} steps", "train.global_batch=8", "train.micro_batch=2"]
+    sparse = ["evaluate.samples=2", "evaluate.batch=64", "evaluate.every=15 steps"]
+    always = ["log.every=1", "checkpoint.every=4 steps"]
+    return [*(own[recipe] if recipe == "quickstart" else [*short, *sparse, *own[recipe]]), *always]
