@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,11 +102,7 @@ class _Run:
                 )
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not a run folder and is not empty. Choose another --run NAME.")
-        parent = self.folder
-        while not parent.exists():
-            parent = parent.parent
-        if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
-            raise UserError(f"{self.folder} cannot be written: no permission in {parent}. Choose another --root DIR.")
+        _probe(self.folder)
         return reader.newest(self.folder)
 
     def _open_folder(self) -> None:
@@ -182,6 +179,18 @@ class _Run:
                     observer.say(report.text)
 
         self.world.on_main(work)
+
+
+def _probe(folder: Path) -> None:
+    """Raise UserError unless a folder, or its nearest parent that exists, can be written. Leaves nothing behind."""
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".scaletrain-", dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}. Choose another place with --root DIR.") from None
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

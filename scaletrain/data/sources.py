@@ -92,11 +92,11 @@ class Rows:
             return role
         table = next(t for t in range(len(self._tables)) if role not in self._names(t))
         names = self._names(table)
-        hint = did_you_mean(role, names) if names else ""
-        listed = ", ".join(f"`{c}`" for c in names)
+        hint = did_you_mean(role, names)
         raise UserError(
-            f"`{self._tables[table].label}` has no column `{role}` ({why}); it has {listed}."
-            f"{hint if hint.startswith(' Did') else ''} Say which one it is by `columns: {{{role}: COLUMN}}` of the source."
+            f"`{self._tables[table].label}` has no column `{role}` ({why}); it has "
+            f"{', '.join(f'`{c}`' for c in names)}.{hint if hint.startswith(' Did') else ''} "
+            f"Say which one it is by `columns: {{{role}: COLUMN}}` of the source."
         )
 
     def column(self, name: str) -> Sequence[Any]:

@@ -36,7 +36,7 @@ def add_adapter(module: nn.Module, spec: AdapterSpec) -> nn.Module:
         use_dora=spec.type == "dora",
         target_modules=spec.targets,
         modules_to_save=spec.train_also or None,
-        ensure_weight_tying=bool(getattr(getattr(module, "config", None), "tie_word_embeddings", False)),
+        ensure_weight_tying=_names_tied(module, spec),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right, for GPT-2's Conv1D
@@ -84,6 +84,21 @@ def _task(module: nn.Module) -> str | None:
     return "CAUSAL_LM" if getattr(module, "can_generate", bool)() else None
 
 
+def _ends(name: str, word: str) -> bool:
+    return name == word or name.endswith(f".{word}")
+
+
+def _names_tied(module: nn.Module, spec: AdapterSpec) -> bool:
+    """Say whether the adapter names an embedding that shares its weight with the head; peft would untie them."""
+    if not hasattr(module, "get_output_embeddings"):
+        return False
+    ends: list[Any] = [module.get_input_embeddings(), module.get_output_embeddings()]  # type: ignore[operator]
+    if ends[1] is None or ends[0].weight is not ends[1].weight:
+        return False
+    words = [*spec.train_also, *([] if isinstance(spec.targets, str) else spec.targets)]
+    return any(_ends(name, w) for name, m in module.named_modules() if m in ends for w in words)
+
+
 def _check_names(module: nn.Module, spec: AdapterSpec) -> None:
     """Raise UserError for a target, or a module to train also, that names nothing; peft would leave it out."""
     names = [name for name, _ in module.named_modules() if name]
@@ -99,9 +114,6 @@ def _check_names(module: nn.Module, spec: AdapterSpec) -> None:
             f"There are {', '.join(f'`{e}`' for e in endings)}."
         )
 
-    def ends(name: str, word: str) -> bool:
-        return name == word or name.endswith(f".{word}")
-
     if isinstance(spec.targets, str) and spec.targets != "all-linear":
         try:
             if not any(re.fullmatch(spec.targets, name) for name in names):
@@ -111,7 +123,7 @@ def _check_names(module: nn.Module, spec: AdapterSpec) -> None:
     lists = {"targets": [] if isinstance(spec.targets, str) else spec.targets, "train_also": spec.train_also}
     for key, words in lists.items():
         for word in words:
-            if not any(ends(name, word) for name in names):
+            if not any(_ends(name, word) for name in names):
                 fail(key, word)
     if spec.targets == []:
         raise UserError("adapter.targets is an empty list: name modules, or `all-linear`.")

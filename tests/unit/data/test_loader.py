@@ -64,7 +64,7 @@ def test_a_row_that_cannot_be_read_is_told() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(UserError, match="train.global_batch=10"):
+    with pytest.raises(UserError, match=r"train\.global_batch=10"):
         Layout(10, 4)
     with pytest.raises(UserError, match="multiple of 3"):
         Layout.derive(10, None, 3, 0)
