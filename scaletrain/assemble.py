@@ -13,6 +13,7 @@ from scaletrain.config import NetworkSpec, PlayerSpec, Recipe
 from scaletrain.data.order import key_of
 from scaletrain.data.sources import Rows, open_rows, split_holdout
 from scaletrain.engine.precision import build_scaler
+from scaletrain.engine.statistics import statistics
 from scaletrain.errors import UserError
 from scaletrain.networks.build import build
 from scaletrain.objectives.base import Data, Objective
@@ -58,9 +59,10 @@ def recompute(name: str, module: nn.Module) -> None:
     """Switch activation checkpointing on: the library's own, or around each block of the network's lists."""
     if hasattr(module, "gradient_checkpointing_enable"):
         module.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False})
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
         if hasattr(module, "enable_input_require_grads") and hasattr(module, "peft_config"):
-            module.enable_input_require_grads()
+            module.enable_input_require_grads()  # type: ignore[operator]
         return
     from torch.utils.checkpoint import checkpoint
 
@@ -97,7 +99,7 @@ def build_players(
             schedule=build_schedule(spec.schedule, updates_of(name, turns, steps), f"players.{name}.schedule"),
             clip=spec.clip,
             scaler=build_scaler(spec.scaler, recipe.train.precision),
-            ema=EMA(trainable, spec.ema) if spec.ema else None,
+            ema=EMA(trainable | statistics(own), spec.ema) if spec.ema else None,
             base_lrs=[group["lr"] for group in optimizer.param_groups],
             optimizer_bytes=state_bytes(spec.optimizer, trainable),
         )

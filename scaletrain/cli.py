@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +36,24 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    _quieten()
     app(prog_name="scaletrain")
+
+
+def _quieten() -> None:
+    """Keep out what libraries print and the user can do nothing about; let the package itself be heard."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    libraries = r"(transformers|peft|accelerate|torch|bitsandbytes)"
+    for category in (FutureWarning, DeprecationWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category, module=libraries)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    own = logging.getLogger("scaletrain")
+    own.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    if not own.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        own.addHandler(handler)
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:

@@ -41,8 +41,9 @@ def train(
 ) -> Path:
     """Train all stages of a recipe in `root/name`, from the newest checkpoint there if there is one.
 
-    observers: told of the run on rank 0; by default those of `scaletrain.callbacks`. Returns the run folder. Raises UserError before anything is written when the recipe, the data or the folder is
-    wrong, and Interrupted when a signal stopped the run after it saved.
+    observers: told of the run on rank 0; by default those of `scaletrain.callbacks`. Returns the run folder. Raises
+    UserError before anything is written when the recipe, the data or the folder is wrong, and Interrupted when a
+    signal stopped the run after it saved.
     """
     check(recipe)
     world = World.start()
@@ -125,6 +126,7 @@ class _Run:
     def _stage(self, stage: Stage, saved: Path | None, signals: StopSignals) -> dict[str, float]:
         """Build everything of one stage and train it. Returns its last evaluation."""
         objective = objective_of(stage.recipe)
+        objective.restore(self._origins(stage))
         data = self.world.agree(lambda: prepare(objective, stage.recipe), main_first=True)
         if len(data.train) < self.world.size:
             raise UserError(f"{self.world.size} processes, but data.train has only {len(data.train)} example(s).")
@@ -154,17 +156,27 @@ class _Run:
         assert end is not None, "stages are trained in order"
         return int(reader.manifest(end)["step"])
 
-    def _continued(self, stage: Stage, specs: Mapping[str, NetworkSpec]) -> dict[str, NetworkSpec]:
-        """Let trained networks go on from those of the same name in the stage before, unless told otherwise."""
+    def _before(self, stage: Stage) -> dict[str, str]:
+        """Return the `from` of every network that the stage before trained, by name."""
         number = self.names.index(stage.name)
         if number == 0:
-            return dict(specs)
-        before = self.stages[number - 1]
-        end = reader.stage_end(self.folder, before.name)
+            return {}
+        end = reader.stage_end(self.folder, self.names[number - 1])
         known = reader.manifest(end)["networks"] if end else {}
+        return {n: f"stage:{self.names[number - 1]}/{n}" for n, spec in known.items() if not spec["frozen"]}
+
+    def _origins(self, stage: Stage) -> dict[str, Path]:
+        """Return the folders of the networks that this stage's networks go on from, where they have one."""
+        given = {name: spec.source for name, spec in stage.recipe.networks.items() if spec.source}
+        folders = {name: self.shelf.folder(source) for name, source in {**self._before(stage), **given}.items()}
+        return {name: folder for name, folder in folders.items() if folder.is_dir()}
+
+    def _continued(self, stage: Stage, specs: Mapping[str, NetworkSpec]) -> dict[str, NetworkSpec]:
+        """Let networks go on from those of the same name in the stage before, unless the recipe says otherwise."""
+        before = self._before(stage)
         return {
-            name: spec.model_copy(update={"source": f"stage:{before.name}/{name}"})
-            if name in known and spec.source is None and spec.path is None and not spec.frozen
+            name: spec.model_copy(update={"source": before[name]})
+            if name in before and spec.source is None and spec.path is None and not spec.frozen
             else spec
             for name, spec in specs.items()
         }

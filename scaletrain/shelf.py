@@ -32,9 +32,9 @@ class Shelf:
         average = reader.average(checkpoint, network) if averaged else {}
         if average:
             with torch.no_grad():
-                parameters = dict(module.named_parameters())
+                state = module.state_dict()
                 for name, value in average.items():
-                    parameters[name].copy_(value)
+                    state[name].copy_(value)
         return module
 
     def base(self, spec: NetworkSpec) -> nn.Module | None:
@@ -45,15 +45,28 @@ class Shelf:
         place, _, network = rest.rpartition("/")
         if kind == "stage":
             return self.stage(place, network)
-        folder = Path(place)
-        found = reader.newest(folder) if folder.is_dir() else None
-        if found is None:
-            raise UserError(f"from: {spec.source}: there is no run with a checkpoint in {folder}.")
-        return Shelf(folder).open(found, network)
+        return Shelf(Path(place)).open(self._newest(Path(place), spec.source), network)
+
+    def folder(self, source: str) -> Path:
+        """Return the folder of the network that a `from` names, whether or not it holds weights of its own."""
+        kind, _, rest = source.partition(":")
+        place, _, network = rest.rpartition("/")
+        checkpoint = self._end(place) if kind == "stage" else self._newest(Path(place), source)
+        return checkpoint / "networks" / network
 
     def stage(self, stage: str, network: str) -> nn.Module:
         """Load a network as a stage of this run left it."""
+        return self.open(self._end(stage), network)
+
+    def _end(self, stage: str) -> Path:
         end = reader.stage_end(self.root, stage)
         if end is None:
             raise UserError(f"stage `{stage}` of {self.root} has not ended.")
-        return self.open(end, network)
+        return end
+
+    @staticmethod
+    def _newest(folder: Path, source: str) -> Path:
+        found = reader.newest(folder) if folder.is_dir() else None
+        if found is None:
+            raise UserError(f"from: {source}: there is no run with a checkpoint in {folder}.")
+        return found

@@ -173,7 +173,6 @@ class Trainer:
                 if step % turn.every == 0:
                     for repeat in range(turn.repeats):
                         record |= self._take(turn, repeat, signals, logged and repeat == turn.repeats - 1)
-            self.engine.synchronise_statistics()
             progress.step += 1
             self._tell("step", self.global_step, self._record(record) if logged else None)
             self._after_step()
@@ -211,6 +210,7 @@ class Trainer:
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0) + term.sum.detach().float()
         outcome = self.engine.update(player)
+        self.engine.synchronise_statistics()
         if outcome.stepped:
             player.updates += 1
             if player.ema:

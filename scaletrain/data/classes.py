@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from scaletrain.data.sources import Rows
 from scaletrain.errors import UserError, did_you_mean
+
+_FILE = "classes.json"
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,16 @@ class Classes:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def save(self, folder: Path) -> None:
+        """Write the classes beside a network's weights."""
+        (folder / _FILE).write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Classes:
+        """Read what `save` wrote."""
+        content = json.loads((folder / _FILE).read_text())
+        return cls(tuple(content["names"]), content["named"])
 
     @classmethod
     def find(cls, rows: Rows, column: str, count: int | None = None) -> Classes:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scaletrain.engine.base import Engine
+from scaletrain.engine.statistics import statistics
 from scaletrain.player import Outcome, Player
 
 
@@ -41,13 +41,7 @@ class DataParallel(Engine):
                     if self.world.size > 1
                     else module
                 )
-        self._statistics = [
-            buffer
-            for module in networks.values()
-            for part in module.modules()
-            if isinstance(part, _NormBase) and part.running_mean is not None and part.running_var is not None
-            for buffer in (part.running_mean, part.running_var)
-        ]
+        self._statistics = list(statistics(networks).values())
 
     def view(self, player: Player) -> Mapping[str, nn.Module]:
         """Set requires_grad and return the networks."""

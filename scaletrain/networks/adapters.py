@@ -8,13 +8,11 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
-from scaletrain.config import AdapterSpec, NetworkSpec
+from scaletrain.config import AdapterSpec
 from scaletrain.errors import UserError, did_you_mean
 
 
@@ -60,21 +58,6 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     if odd:  # peft only warns
         raise UserError(f"the adapter in {folder} does not fit this network: {len(odd)} weights differ, as {min(odd)}")
     return adapted
-
-
-def load_merged(factory: ModuleType, spec: NetworkSpec, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Build the network that an adapter's folder was trained over, with the adapter merged into its weights.
-
-    factory: the module of `scaletrain.networks` that `spec.type` names. Raises UserError when the base is not known.
-    """
-    from peft import PeftConfig
-
-    path = spec.path or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not path:
-        raise UserError(f"the adapter in {folder} does not say which network it belongs to: give the network's `path`.")
-    adapted: Any = load_adapter(factory.load(path, factory.Config(**spec.config), dtype), folder)
-    merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-    return merged
 
 
 def _task(module: nn.Module) -> str | None:

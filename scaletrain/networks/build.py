@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +34,7 @@ def build(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Pa
     elif base is not None and hasattr(base, "peft_config"):
         module = base  # goes on training the adapter that is there
         if saved:
-            module.load_adapter(str(saved), "default", is_trainable=True)
+            module.load_adapter(str(saved), "default", is_trainable=True)  # type: ignore[operator]
     else:
         whole = _whole(name, spec, None) if base is None else base
         module = _adapters().load_adapter(whole, saved) if saved else _adapters().add_adapter(whole, spec.adapter)
@@ -88,28 +86,14 @@ def read_weights(module: nn.Module, folder: Path, key: str) -> None:
         raise UserError(f"{key}: the weights in {folder} do not fit this network: {error}") from None
 
 
-def state_with(module: nn.Module, average: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
-    """Return the state dict with the averaged parameters in place of the current ones."""
-    state: dict[str, Any] = module.state_dict()
-    if not average:
-        return state
-    # A tied parameter has several names in the state, and the first of them in the average.
-    names = {id(p): name for name, p in module.named_parameters()}
-    aliases = {name: names[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}
-    return state | {k: average[n].to(state[k].dtype) for k, n in aliases.items() if k in state and n in average}
-
-
-def save(module: nn.Module, spec: NetworkSpec, folder: Path, average: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write a network in its library's own layout, or as `config.json` and `model.safetensors`.
-
-    average: parameters by name that take the place of the module's own (an EMA).
-    """
+def save(module: nn.Module, spec: NetworkSpec, folder: Path) -> None:
+    """Write a network in its library's own layout, or as `config.json` and `model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(module, "save_pretrained"):
-        module.save_pretrained(folder, state_dict=state_with(module, average), safe_serialization=True)
+        module.save_pretrained(folder)  # type: ignore[operator]
         return
     from safetensors.torch import save_file
 
-    state = {k: v.detach().cpu().contiguous() for k, v in state_with(module, average).items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"type": spec.type, "config": spec.config}, indent=2) + "\n")

@@ -108,7 +108,10 @@ class Objective(ABC, Generic[C]):
         """
 
     def restore(self, folders: Mapping[str, Path]) -> None:
-        """Take what `prepare` found out (a tokenizer, say) from the networks' folders of a checkpoint."""
+        """Take what `prepare` found out (a tokenizer, say) from the networks' folders of a checkpoint.
+
+        Called before `prepare` when networks continue from another stage or run: what they came with is kept.
+        """
 
     def save_assets(self, network: str, folder: Path) -> None:
         """Write what belongs beside a network's weights (a tokenizer, say) into its folder."""

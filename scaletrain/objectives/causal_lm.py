@@ -137,8 +137,10 @@ class Objective(base.Objective[Config]):
 
     def restore(self, folders: Mapping[str, Path]) -> None:
         """Take the tokenizer and the format of prompts from the network's folder."""
-        self.tokenizer = load_tokenizer(str(folders["model"]), "the network's folder")
-        self._format = json.loads((folders["model"] / FORMAT_FILE).read_text())["format"]
+        if "model" in folders:
+            self.tokenizer = load_tokenizer(str(folders["model"]), "the network's folder")
+            written = folders["model"] / FORMAT_FILE
+            self._format = json.loads(written.read_text())["format"] if written.exists() else self._format
 
     def save_assets(self, network: str, folder: Path) -> None:
         """Write the tokenizer and the format of prompts beside the network."""

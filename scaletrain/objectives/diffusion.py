@@ -44,7 +44,8 @@ class Objective(base.Objective[Config]):
 
     def restore(self, folders: Mapping[str, Path]) -> None:
         """Take the shape of a picture from the stored network."""
-        self._shape = stored_shape(folders["model"])
+        if "model" in folders:
+            self._shape = stored_shape(folders["model"])
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return `model`, which is told the shape of a picture."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, final
 
@@ -48,9 +48,14 @@ class Objective(base.Objective[Config]):
         found = {"channels": channels, "height": height, "width": width, "classes": len(self.classes)}
         return {"model": completed(self.recipe, "model", "cnn", **found)}
 
+    def restore(self, folders: Mapping[str, Path]) -> None:
+        """Take the names of the classes from the network's folder."""
+        if "model" in folders:
+            self.classes = Classes.load(folders["model"])
+
     def save_assets(self, network: str, folder: Path) -> None:
         """Write the names of the classes, by id, beside the weights."""
-        (folder / "classes.json").write_text(json.dumps(self.classes.names, ensure_ascii=False) + "\n")
+        self.classes.save(folder)
 
     def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
         """Count pictures."""

@@ -77,7 +77,8 @@ class Objective(base.Objective[Config]):
 
     def restore(self, folders: Mapping[str, Path]) -> None:
         """Take the shape of a picture from the stored network."""
-        self._shape = stored_shape(folders["student"])
+        if "student" in folders:
+            self._shape = stored_shape(folders["student"])
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return both networks, which are told the shape of a picture."""

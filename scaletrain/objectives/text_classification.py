@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
     from scaletrain.data.sources import Rows
 
 log = logging.getLogger("scaletrain")
-
-CLASSES_FILE = "classes.json"
 
 
 class Config(Strict):
@@ -123,15 +119,16 @@ class Objective(base.Objective[Config]):
 
     def restore(self, folders: Mapping[str, Path]) -> None:
         """Take the tokenizer and the classes from the network's folder."""
-        self.tokenizer = load_tokenizer(str(folders["model"]), "the network's folder")
-        self.classes = Classes(**json.loads((folders["model"] / CLASSES_FILE).read_text()))
+        if "model" in folders:
+            self.tokenizer = load_tokenizer(str(folders["model"]), "the network's folder")
+            self.classes = Classes.load(folders["model"])
 
     def save_assets(self, network: str, folder: Path) -> None:
         """Write the tokenizer and the classes beside the network."""
         assert self.tokenizer is not None
         assert self.classes is not None
         self.tokenizer.save_pretrained(folder)
-        (folder / CLASSES_FILE).write_text(json.dumps(dataclasses.asdict(self.classes)) + "\n")
+        self.classes.save(folder)
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return the network with the classes of the data."""

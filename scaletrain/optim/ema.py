@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaletrain.config import EMASpec
 
@@ -14,11 +14,12 @@ from scaletrain.config import EMASpec
 class EMA:
     """shadow ← d · shadow + (1 − d) · weight after every update, with d = `decay`, smaller at first under `warmup`.
 
-    shadow: by the parameters' names, fp32, on their device and sharded as they are. It starts as the weights.
+    Statistics that belong to the weights (BatchNorm's) are averaged as they are. shadow: by the parameters' names,
+    fp32, on their device and sharded as they are. It starts as the weights.
     Raises ValueError for parameters that are not fp32: they are the optimiser's masters.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], spec: EMASpec):
+    def __init__(self, named: Mapping[str, Tensor], spec: EMASpec):
         other = [name for name, p in named.items() if p.dtype != torch.float32]
         if other:
             raise ValueError(f"an average needs fp32 weights; {other[0]} is {named[other[0]].dtype}")

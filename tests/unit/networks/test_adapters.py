@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from scaletrain.config import AdapterSpec, NetworkSpec
 from scaletrain.errors import UserError
 from scaletrain.networks import causal_lm, text_classifier
-from scaletrain.networks.adapters import add_adapter, load_adapter, load_merged
-from scaletrain.networks.build import save
+from scaletrain.networks.adapters import add_adapter, load_adapter
+from scaletrain.networks.build import build, save
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -78,25 +78,16 @@ def test_plain_peft_loads_what_is_saved(config: dict[str, Any], type_: str, tmp_
     }
 
 
-def test_state_takes_the_place_of_the_parameters(tmp_path: Path) -> None:
-    adapted = stirred(new(BERT), AdapterSpec(r=4))
-    average = {n: p.detach() * 0.5 for n, p in adapted.named_parameters() if p.requires_grad}
-    save(adapted, NetworkSpec(type="text_classifier"), tmp_path, average)
-    loaded = PeftModel.from_pretrained(new(BERT), str(tmp_path))
-    parameters = dict(loaded.named_parameters())
-    assert any("modules_to_save" in n for n in average)
-    assert all(torch.equal(parameters[n], p) for n, p in average.items())
-
-
 def test_transformers_loads_the_adapter_over_its_base(tmp_path: Path) -> None:
     new(LLAMA).save_pretrained(tmp_path / "base")
     base = causal_lm.load(str(tmp_path / "base"), causal_lm.Config(), torch.float32).eval()
     adapted = stirred(base, AdapterSpec(r=4))
     save(adapted, NetworkSpec(), tmp_path / "adapter")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), logits(adapted))
-    merged = load_merged(causal_lm, NetworkSpec(), tmp_path / "adapter", torch.float32).eval()
+    before = logits(adapted)
+    merged = build("model", NetworkSpec(type="causal_lm"), base=adapted).eval()
     assert type(merged) is LlamaForCausalLM
-    torch.testing.assert_close(logits(merged), logits(adapted))
+    torch.testing.assert_close(logits(merged), before)
 
 
 def test_the_head_of_a_classifier_is_trained_and_saved(tmp_path: Path) -> None:
@@ -138,19 +129,12 @@ def test_adapter_of_another_network(tmp_path: Path) -> None:
         load_adapter(new({**LLAMA, "hidden_size": 32}), tmp_path)
     with pytest.raises(UserError, match=r"does not fit"):
         load_adapter(new({**LLAMA, "num_hidden_layers": 1}), tmp_path)
-    with pytest.raises(UserError, match=r"does not say which network"):
-        load_merged(causal_lm, NetworkSpec(), tmp_path, torch.float32)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("averaged", [False, True])
-def test_whole_networks_round_trip(tied: bool, averaged: bool, tmp_path: Path) -> None:
+def test_whole_networks_round_trip(tied: bool, tmp_path: Path) -> None:
     module = new({**LLAMA, "tie_word_embeddings": tied})
-    average = {n: p.detach() * 0.5 for n, p in module.named_parameters()} if averaged else None
-    save(module, NetworkSpec(type="causal_lm"), tmp_path, average)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(average[name] if average else parameter)
+    save(module, NetworkSpec(type="causal_lm"), tmp_path)
     loaded = causal_lm.load(str(tmp_path), causal_lm.Config(), torch.float32).eval()
     assert torch.equal(logits(loaded), logits(module))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(module))

@@ -56,7 +56,7 @@ def test_the_network_is_told_shape_and_classes(tmp_path: Path) -> None:
     assert data.eval is not None
     assert data.eval.batch([0], np.zeros(1, np.uint64))["label"].tolist() == [2]
     task.save_assets("model", tmp_path)
-    assert json.loads((tmp_path / "classes.json").read_text()) == ["a", "b", "c"]
+    assert json.loads((tmp_path / "classes.json").read_text()) == {"names": ["a", "b", "c"], "named": True}
 
 
 def test_labels_out_of_range_are_named() -> None:
