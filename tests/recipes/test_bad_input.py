@@ -84,12 +84,12 @@ def empty(folder: Path, data: Path) -> tuple[list[object], list[str]]:
 def all_masked(folder: Path, data: Path) -> tuple[list[object], list[str]]:
     rows = [{"messages": [{"role": "user", "content": "a cat"}]}] * 3
     path = lines(folder / "masked.jsonl", *rows)
-    return small("lm/lora", data, f"data.train={path}"), ["masked.jsonl", "learn"]
+    return small("lm/lora", data, f"data.train={path}", "data.holdout=0"), ["masked.jsonl", "learn"]
 
 
 def class_out_of_range(folder: Path, data: Path) -> tuple[list[object], list[str]]:
     path = lines(folder / "classes.jsonl", {"text": "a cat", "label": 0}, {"text": "a dog", "label": 7})
-    return small("text/classify", data, f"data.train={path}", "objective.num_labels=2"), ["classes.jsonl line 2", "7"]
+    return small("text/classify", data, f"data.train={path}", "objective.num_classes=2"), ["classes.jsonl line 2", "7"]
 
 
 def corrupt_image(folder: Path, data: Path) -> tuple[list[object], list[str]]:

@@ -75,6 +75,7 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             "data.train=sklearn:digits",
             "data.train.rows=200",
             "objective.size=8",
+            "train.precision=fp32",
             "networks.model.config.features=8",
         ],
         "gan/dcgan": [
