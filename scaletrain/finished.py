@@ -17,7 +17,7 @@ from scaletrain.config import Recipe
 from scaletrain.data.order import key_of
 from scaletrain.engine.world import World
 from scaletrain.errors import UserError
-from scaletrain.evaluate.whole_set import evaluate as evaluate_set
+from scaletrain.evaluation import evaluate as evaluate_set
 from scaletrain.objectives.base import Objective, Report, Request, RunView, Samples
 from scaletrain.recipe import Stage, load, objective_of, stages
 from scaletrain.shelf import Shelf

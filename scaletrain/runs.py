@@ -22,6 +22,7 @@ from scaletrain.callbacks.progress import Progress as ProgressLine
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.layout import METRICS, RECIPE, SUMMARY, checkpoints
 from scaletrain.config import NetworkSpec, Recipe
+from scaletrain.crew import Progress
 from scaletrain.data.loader import Layout
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
@@ -30,7 +31,7 @@ from scaletrain.recipe import Stage, check, load, objective_of, resolved_yaml, s
 from scaletrain.shelf import Shelf
 from scaletrain.signals import StopSignals
 from scaletrain.snapshot import Snapshot, versions
-from scaletrain.trainer import Progress, Trainer
+from scaletrain.trainer import Trainer
 
 _MAY_CHANGE = ("log", "checkpoint", "evaluate", "data.workers")
 """Keys that may differ between a run and its continuation: they change nothing that is computed."""

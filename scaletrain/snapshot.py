@@ -17,13 +17,13 @@ from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.layout import STATE, point
 from scaletrain.checkpoint.writer import prune, write
 from scaletrain.config import NetworkSpec
+from scaletrain.crew import Crew, Progress
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted
 from scaletrain.networks.build import save
 
 if TYPE_CHECKING:
     from scaletrain.recipe import Stage
-    from scaletrain.trainer import Crew, Progress
 
 
 def versions() -> dict[str, str]:

@@ -26,7 +26,6 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,14 +33,14 @@ import torch
 from scaletrain.assemble import build_players, recompute
 from scaletrain.callbacks.base import Observer, Plan
 from scaletrain.config import Duration, EvaluateSpec
+from scaletrain.crew import Crew, Progress
 from scaletrain.data.loader import Failure, Layout, Micro, Windows
 from scaletrain.data.order import key_of
-from scaletrain.engine.base import Engine
 from scaletrain.engine.data_parallel import DataParallel
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
-from scaletrain.evaluate.whole_set import evaluate
+from scaletrain.evaluation import evaluate
 from scaletrain.objectives.base import Data, Objective, Request
 from scaletrain.player import Player, Term, Turn
 from scaletrain.recipe import Stage
@@ -49,35 +48,6 @@ from scaletrain.signals import StopSignals
 from scaletrain.snapshot import Snapshot
 
 _MAX_UNITS = 8
-
-
-@dataclass
-class Progress:
-    """Where a stage stands: everything that is not a tensor and not a player's. Saved as it is."""
-
-    step: int = 0
-    """Steps of this stage that are done."""
-    first_step: int = 0
-    """Steps of the run before this stage."""
-    complete: bool = False
-    best: float | None = None
-    """The best value of `evaluate.metric` so far."""
-    waited: int = 0
-    """Evaluations since then."""
-    best_saved: float | None = None
-    """The best value of `checkpoint.best` so far."""
-    seen: dict[str, float] = field(default_factory=dict)
-    """Units that the first turn has been trained on: samples, tokens ..."""
-
-
-@dataclass(frozen=True)
-class Crew:
-    """What a stage is trained with, all built and on the device."""
-
-    objective: Objective[Any]
-    data: Data
-    engine: Engine
-    players: Mapping[str, Player]
 
 
 def windows_before(turns: Sequence[Turn], step: int) -> int:
