@@ -136,7 +136,7 @@ def cp(name: Name, file: Annotated[Path, typer.Argument(metavar="FILE", help="Wh
 
 @_command
 def validate(name: Name, overrides: Overrides = None, code: Code = None, verbose: Verbose = False) -> None:
-    """Check a recipe: all that can be known before data or a device is touched.
+    """Check a recipe and its data: all that can be known before a device is touched.
 
     \b
     Examples:
@@ -144,11 +144,14 @@ def validate(name: Name, overrides: Overrides = None, code: Code = None, verbose
       scaletrain validate lm/lora networks.model.path=models/llama data.train=chats.jsonl
     """
     recipe = _load(name, overrides, code)
-    from scaletrain.recipe import check, stages
+    from scaletrain.recipe import stages
+    from scaletrain.runs import validate as check
 
-    check(recipe)
+    examples = check(recipe)
     parts = ", ".join(stage.name for stage in stages(recipe))
-    print(f"{name} is valid{f'; its stages: {parts}' if recipe.stages else ''}")
+    print(f"{name} is valid: {examples['train']:,} examples to train on, {examples['eval']:,} to evaluate on")
+    if recipe.stages:
+        print(f"stages: {parts}")
 
 
 @_command

@@ -26,7 +26,9 @@ from scaletrain.crew import Progress
 from scaletrain.data.loader import Layout
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
+from scaletrain.explain import decode
 from scaletrain.finished import report_on
+from scaletrain.networks.build import network_module
 from scaletrain.recipe import Stage, check, load, objective_of, resolved_yaml, stages
 from scaletrain.shelf import Shelf
 from scaletrain.signals import StopSignals
@@ -53,6 +55,24 @@ def train(
             return _Run(recipe, root / name, world, observers).train(fresh, signals)
     finally:
         world.close()
+
+
+def validate(recipe: Recipe) -> dict[str, int]:
+    """Check all that can be known before a device is touched: keys, data, batches, and what the networks are told.
+
+    Data of later stages may need what earlier ones leave behind, so only the first stage's are read. Returns how many
+    examples there are to train on and to evaluate on. Raises UserError.
+    """
+    check(recipe)
+    parts = stages(recipe)
+    for stage in parts:
+        Layout.derive(stage.recipe.train.global_batch, stage.recipe.train.micro_batch, 1, 0)
+    objective = objective_of(parts[0].recipe)
+    data = prepare(objective, parts[0].recipe)
+    for name, spec in objective.networks().items():
+        if spec.type is not None:
+            decode(network_module(spec.type, f"networks.{name}").Config, spec.config, f"networks.{name}.config")
+    return {"train": len(data.train), "eval": len(data.eval) if data.eval else 0}
 
 
 class _Run:

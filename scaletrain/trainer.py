@@ -37,6 +37,7 @@ from scaletrain.crew import Crew, Progress
 from scaletrain.data.loader import Failure, Layout, Micro, Windows
 from scaletrain.data.order import key_of
 from scaletrain.engine.data_parallel import DataParallel
+from scaletrain.engine.hardware import flops_per_token, peak_flops
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
@@ -93,6 +94,8 @@ class Trainer:
         self.save_every = self._interval(save) if save else max(1, self.steps // 10)
         self.evaluate_every = self._interval(judge) if judge else self.steps
         self.metrics: dict[str, float] = {}
+        self._peak = peak_flops(world.device, recipe.train.precision)
+        self._flops = flops_per_token(self.engine.plain().values())
         self._stop = False
         self._begin_throughput()
 
@@ -343,6 +346,8 @@ class Trainer:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         head = {"kind": "train", "step": self.global_step, "stage": self.stage.name}
         tail = {"seen": dict(self.progress.seen), "throughput": round(rate, 3), "memory_bytes": memory}
+        if self._peak and unit == "tokens":
+            tail["mfu"] = round(rate * self._flops / (self._peak * self.world.size), 4)
         return {**head, **figures, **tail}
 
     def _plan(self) -> Plan:
