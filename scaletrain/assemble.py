@@ -14,8 +14,9 @@ from scaletrain.data.order import key_of
 from scaletrain.data.sources import Rows, open_rows, split_holdout
 from scaletrain.engine.precision import build_scaler
 from scaletrain.engine.statistics import statistics
-from scaletrain.errors import UserError
-from scaletrain.networks.build import build
+from scaletrain.errors import UserError, did_you_mean
+from scaletrain.explain import decode
+from scaletrain.networks.build import build, network_module
 from scaletrain.objectives.base import Data, Objective
 from scaletrain.optim.ema import EMA
 from scaletrain.optim.optimizers import build_optimizer, state_bytes
@@ -34,6 +35,31 @@ def prepare(objective: Objective[Any], recipe: Recipe) -> Data:
         seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
         train, held = split_holdout(train, recipe.data.holdout, seed)
     return objective.prepare(train, held)
+
+
+def check_names(recipe: Recipe, turns: tuple[Turn, ...], specs: Mapping[str, NetworkSpec]) -> None:
+    """Check networks and players against what the family has. Raises UserError that names the key."""
+    for name, spec in specs.items():
+        if spec.type is None:
+            raise UserError(f"networks.{name}.type is missing: say which network it is.")
+        decode(network_module(spec.type, f"networks.{name}").Config, spec.config, f"networks.{name}.config")
+    for name in recipe.networks:
+        if name not in specs:
+            raise UserError(f"networks.{name}: this family has no such network.{did_you_mean(name, specs)}")
+    owner: dict[str, str] = {}
+    for name in dict.fromkeys(turn.player for turn in turns):
+        player = recipe.players.get(name, PlayerSpec())
+        for network in player.networks or [name]:
+            if network not in specs:
+                raise UserError(f"players.{name}.networks: no network `{network}`.{did_you_mean(network, specs)}")
+            if network in owner:
+                raise UserError(f"players.{name}.networks: `{network}` is trained by `{owner[network]}` already.")
+            owner[network] = name
+            spec = specs[network]
+            if spec.dtype != "float32" and not spec.frozen and spec.adapter is None:
+                raise UserError(
+                    f"networks.{network}.dtype: what is trained is kept in float32; set train.precision=bf16 instead."
+                )
 
 
 def build_networks(

@@ -65,7 +65,8 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(**options)
         except (UserError, Interrupted) as error:
-            if os.environ.get("RANK", "0") == "0":  # every process has the same to say
+            # What every process raises alike is told once; what one meets alone, it tells itself.
+            if os.environ.get("RANK", "0") == "0" or getattr(error, "agreed", None) is False:
                 if options.get("verbose"):
                     traceback.print_exc()
                 print(f"{'error' if isinstance(error, UserError) else 'interrupted'}: {error}", file=sys.stderr)

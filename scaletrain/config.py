@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
@@ -56,6 +57,8 @@ class Duration:
         value = float(match.group(1).replace("_", ""))
         if value <= 0 or not math.isfinite(value):
             raise ValueError("must be more than 0")
+        if unit != "epochs" and value != int(value):
+            raise ValueError(f"there is no part of {unit.removesuffix('s')}: write a whole number")
         return cls(value, unit)
 
     def __str__(self) -> str:
@@ -269,7 +272,9 @@ class CheckpointSpec(Strict):
     """Keep the best by this evaluation metric too, such as `loss` or `accuracy`."""
 
 
-LOWER_IS_BETTER = ("loss", "perplexity", "error", "distance", "rmse", "nats", "bits", "fid")
+LOWER_IS_BETTER = frozenset(
+    ("loss", "perplexity", "error", "distance", "rmse", "mse", "mae", "nll", "nats", "bits", "fid", "kid", "wer", "cer")
+)
 
 
 class EvaluateSpec(Strict):
@@ -288,8 +293,10 @@ class EvaluateSpec(Strict):
 
     @staticmethod
     def better(metric: str, new: float, old: float) -> bool:
-        """Say whether `new` is better; losses, errors and distances are better when they are lower."""
-        lower = any(word in metric for word in LOWER_IS_BETTER)
+        """Say whether `new` is better; losses, errors and distances are better when they are lower, NaN never is."""
+        if math.isnan(new) or math.isnan(old):
+            return not math.isnan(new)
+        lower = not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", metric.lower()))
         return new < old if lower else new > old
 
 
@@ -326,3 +333,11 @@ class Recipe(Strict):
         if len(set(names)) != len(names):
             raise ValueError("two stages have the same name")
         return self
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run. `recipe` is what the whole recipe comes to in it, without stages."""
+
+    name: str
+    recipe: Recipe

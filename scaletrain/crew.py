@@ -19,6 +19,8 @@ class Progress:
     """Steps of this stage that are done."""
     first_step: int = 0
     """Steps of the run before this stage."""
+    examples: int = 0
+    """To train on, in all: other data is another run."""
     complete: bool = False
     best: float | None = None
     """The best value of `evaluate.metric` so far."""
@@ -26,6 +28,8 @@ class Progress:
     """Evaluations since then."""
     best_saved: float | None = None
     """The best value of `checkpoint.best` so far."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Of turns that were taken since the last logged step, for the next."""
     seen: dict[str, float] = field(default_factory=dict)
     """Units that the first turn has been trained on: samples, tokens ..."""
 

@@ -9,6 +9,15 @@ from collections.abc import Iterable
 class UserError(Exception):
     """The user's mistake, told in one message: it names the key, file or row, and says what to do. Exit status 2."""
 
+    agreed: bool | None = None
+    """False when one process alone raises it, and must tell it itself; what all raise alike is told by the first."""
+
+
+def agreed(error: UserError) -> UserError:
+    """Mark an error that every process raises alike, from inside the loop, where that is not so by itself."""
+    error.agreed = True
+    return error
+
 
 class Interrupted(Exception):
     """Stopped before the end (a signal, a full disk); the newest complete checkpoint is safe. Exit status 3."""

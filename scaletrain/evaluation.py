@@ -21,28 +21,14 @@ def evaluate(
     objective: Objective[Any],
     networks: Mapping[str, torch.nn.Module],
     dataset: Dataset | None,
-    batch: int,
     recipe: Recipe,
     world: World,
 ) -> dict[str, float]:
     """Return each term of the evaluation set, summed over ranks and divided once; nothing without such a set."""
     if dataset is None:
         return {}
-    sums: dict[str, torch.Tensor] = {}
-    units: dict[str, str] = {}
-    weights: dict[str, float] = {}
-    counts: dict[str, int] = {}
-    for micro in passes(dataset, batch, world.size, world.rank):
-        torch.manual_seed(key_of(recipe.seed, "evaluate", micro.number))
-        tensors = {name: tensor.to(world.device) for name, tensor in micro.tensors.items()}
-        with torch.no_grad(), autocast(world.device, recipe.train.precision):
-            terms = objective.evaluate(networks, tensors)
-        for unit, number in objective.counts(objective.turns[0], micro.tensors).items():
-            counts[unit] = counts.get(unit, 0) + number
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0) + term.sum.double()
-            units[name], weights[name] = term.per, term.weight
-    shares = world.gather(({name: float(value) for name, value in sums.items()}, counts, units, weights))
+    share = world.agree(lambda: _share(objective, networks, dataset, recipe, world))
+    shares = world.gather(share)
     units = {k: v for share in shares for k, v in share[2].items()}
     weights = {k: v for share in shares for k, v in share[3].items()}
     metrics = {}
@@ -52,3 +38,33 @@ def evaluate(
     if any(weights.values()):
         metrics.setdefault("loss", sum(weights[name] * value for name, value in metrics.items()))
     return objective.conclude(metrics)
+
+
+def _share(
+    objective: Objective[Any],
+    networks: Mapping[str, torch.nn.Module],
+    dataset: Dataset,
+    recipe: Recipe,
+    world: World,
+) -> tuple[dict[str, float], dict[str, int], dict[str, str], dict[str, float]]:
+    """Return this rank's sums of terms, counts of units, the unit of each term and its weight."""
+    sums: dict[str, torch.Tensor] = {}
+    units: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for micro in passes(dataset, _batch_size(recipe), world.size, world.rank):
+        torch.manual_seed(key_of(recipe.seed, "evaluate", micro.number))
+        tensors = {name: tensor.to(world.device) for name, tensor in micro.tensors.items()}
+        with torch.no_grad(), autocast(world.device, recipe.train.precision):
+            terms = objective.evaluate(networks, tensors)
+        for unit, number in objective.counts(objective.turns[0], micro.tensors).items():
+            counts[unit] = counts.get(unit, 0) + number
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.sum.double()
+            units[name], weights[name] = term.per, term.weight
+    return {name: float(value) for name, value in sums.items()}, counts, units, weights
+
+
+def _batch_size(recipe: Recipe) -> int:
+    """Return how many samples an evaluation takes at a time: not a matter of how many processes there are."""
+    return recipe.evaluate.batch or recipe.train.micro_batch or min(recipe.train.global_batch, 64)

@@ -24,9 +24,9 @@ def export_run(folder: Path, destination: Path) -> list[Path]:
     before it gets its name. Raises UserError when the destination is not empty, RuntimeError when a tensor differs.
     """
     run = FinishedStage.open(folder)
-    if destination.exists() and any(destination.iterdir()):
-        raise UserError(f"{destination} is not empty: choose a new folder.")
-    run.objective.restore({p.name: p for p in (run.checkpoint / "networks").iterdir()})
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination} is a file, or not empty: choose a new folder.")
+    run.restore()
     shelf, written = Shelf(folder), []
     specs = {k: NetworkSpec.model_validate(v) for k, v in reader.manifest(run.checkpoint)["networks"].items()}
     for name, spec in specs.items():

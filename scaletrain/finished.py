@@ -13,13 +13,13 @@ from scaletrain.assemble import prepare
 from scaletrain.callbacks.pictures import write_samples
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.layout import RECIPE
-from scaletrain.config import Recipe
+from scaletrain.config import Recipe, Stage
 from scaletrain.data.order import key_of
 from scaletrain.engine.world import World
-from scaletrain.errors import UserError
+from scaletrain.errors import UserError, agreed
 from scaletrain.evaluation import evaluate as evaluate_set
 from scaletrain.objectives.base import Objective, Report, Request, RunView, Samples
-from scaletrain.recipe import Stage, load, objective_of, stages
+from scaletrain.recipe import load, objective_of, stages
 from scaletrain.shelf import Shelf
 
 
@@ -45,6 +45,10 @@ class FinishedStage:
         stage = next(s for s in stages(recipe) if s.name == name)
         return cls(folder, stage, found, objective_of(stage.recipe))
 
+    def restore(self) -> None:
+        """Give the objective back what it found out about the data."""
+        self.objective.restore({p.name: p for p in (self.checkpoint / "networks").iterdir()})
+
     def networks(self, device: torch.device) -> dict[str, torch.nn.Module]:
         """Load all networks, averaged where an average is kept, at rest on a device."""
         shelf, names = Shelf(self.folder), reader.manifest(self.checkpoint)["networks"]
@@ -54,7 +58,7 @@ class FinishedStage:
 def sample(folder: Path, count: int, prompts: tuple[str, ...] = (), seed: int | None = None, **options: Any) -> Samples:
     """Draw samples from the newest checkpoint. Raises UserError for families that have nothing to draw."""
     run = FinishedStage.open(folder)
-    run.objective.restore({p.name: p for p in (run.checkpoint / "networks").iterdir()})
+    run.restore()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     key = run.stage.recipe.seed if seed is None else seed
     generator = torch.Generator(device).manual_seed(key_of(key, "samples"))
@@ -76,11 +80,13 @@ def evaluate(folder: Path, data: list[str] | None = None) -> tuple[dict[str, flo
         recipe = Recipe.model_validate(recipe.model_dump(by_alias=True) | {"data": changed})
     world = World.start()
     try:
-        examples = prepare(run.objective, recipe)
-        batch = recipe.evaluate.batch or recipe.train.micro_batch or min(recipe.train.global_batch, 64)
+        run.restore()
+        examples = world.agree(lambda: prepare(run.objective, recipe), main_first=True)
+        if examples.eval is None:
+            raise agreed(UserError("there is no evaluation data: give --data FILE, or data.eval in the recipe."))
         networks = run.networks(world.device)
-        metrics = evaluate_set(run.objective, networks, examples.eval, batch, recipe, world)
-        return metrics, None if data else report_on(folder, world.device)
+        metrics = evaluate_set(run.objective, networks, examples.eval, recipe, world)
+        return metrics, None if data else world.on_main(lambda: report_on(folder, world.device))
     finally:
         world.close()
 
@@ -94,6 +100,9 @@ def report_on(folder: Path, device: torch.device) -> Report | None:
     objective = objective_of(parts[-1].recipe)
     if type(objective).report is Objective.report:
         return None
+    end = reader.stage_end(folder, parts[-1].name)
+    assert end is not None
+    objective.restore({p.name: p for p in (end / "networks").iterdir()})
     shelf = Shelf(folder)
     options = {part.name: part.recipe.objective.model_dump() for part in parts}
     view = RunView(

@@ -97,6 +97,8 @@ def _split(word: str) -> tuple[Key, Any]:
     keys = tuple(key.strip().split("."))
     if not equals or not all(keys):
         raise UserError(f"`{word}`: write an override as key=value, such as `{key or 'key'}=64`.")
+    if not text.strip():
+        raise UserError(f"`{word}` gives no value; write `{key}=null` to take the key away.")
     if text[:1] in tuple("*@%&`"):  # a glob, say: no YAML value begins with these
         return keys, text
     return keys, parse(text, f"the value of `{key}`")[0]
@@ -163,11 +165,11 @@ def _name(item: Any) -> Any:
 
 def _position(items: list[Any], key: str, word: str) -> tuple[int, bool]:
     """Return which item of a list a part of a key leads to, and whether it names the item or is already inside it."""
-    if key.isdigit() and int(key) < len(items):
-        return int(key), True
     names = {str(_name(item)): n for n, item in enumerate(items) if _name(item) is not None}
     if key in names:
         return names[key], True
+    if key.isdigit() and int(key) < len(items):
+        return int(key), True
     if len(items) == 1 and not names and not key.isdigit():
         return 0, False
     known = names or [str(n) for n in range(len(items))]

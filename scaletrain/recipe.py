@@ -10,12 +10,11 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaletrain.catalog import find
-from scaletrain.config import Recipe
+from scaletrain.config import Recipe, Stage
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import check_part, decode, dotted, schema_of
 from scaletrain.overrides import Tree, merge_stage, override, stage_trees
@@ -98,14 +97,6 @@ def _open(node: Any, key: Key = ()) -> list[Key]:
     elif isinstance(node, list):
         items = enumerate(node)
     return [found for part, value in items for found in _open(value, (*key, str(part)))]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of a run. `recipe` is what the whole recipe comes to in it, without stages."""
-
-    name: str
-    recipe: Recipe
 
 
 def stages(recipe: Recipe) -> list[Stage]:

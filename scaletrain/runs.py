@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -14,29 +16,31 @@ from typing import Any
 
 import torch
 
-from scaletrain.assemble import build_networks, prepare
+from scaletrain.assemble import build_networks, check_names, prepare
 from scaletrain.callbacks.base import Observer
 from scaletrain.callbacks.log import MetricsLog, draw, rewind
 from scaletrain.callbacks.pictures import SampleFolder
 from scaletrain.callbacks.progress import Progress as ProgressLine
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.layout import METRICS, RECIPE, SUMMARY, checkpoints
-from scaletrain.config import NetworkSpec, Recipe
+from scaletrain.checkpoint.writer import set_aside
+from scaletrain.config import NetworkSpec, Recipe, Stage
 from scaletrain.crew import Progress
 from scaletrain.data.loader import Layout
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
-from scaletrain.explain import decode
 from scaletrain.finished import report_on
-from scaletrain.networks.build import network_module
-from scaletrain.recipe import Stage, check, load, objective_of, resolved_yaml, stages
+from scaletrain.objectives.base import Data, Objective
+from scaletrain.recipe import check, load, objective_of, resolved_yaml, stages
 from scaletrain.shelf import Shelf
 from scaletrain.signals import StopSignals
 from scaletrain.snapshot import Snapshot, versions
 from scaletrain.trainer import Trainer
 
-_MAY_CHANGE = ("log", "checkpoint", "evaluate", "data.workers")
-"""Keys that may differ between a run and its continuation: they change nothing that is computed."""
+log = logging.getLogger("scaletrain")
+
+_MAY_CHANGE = ("log", "checkpoint.every", "checkpoint.keep", "evaluate.samples", "evaluate.batch", "data.workers")
+"""Keys that may differ between a run and its continuation: they change nothing that is learned."""
 
 
 def train(
@@ -67,11 +71,8 @@ def validate(recipe: Recipe) -> dict[str, int]:
     parts = stages(recipe)
     for stage in parts:
         Layout.derive(stage.recipe.train.global_batch, stage.recipe.train.micro_batch, 1, 0)
-    objective = objective_of(parts[0].recipe)
-    data = prepare(objective, parts[0].recipe)
-    for name, spec in objective.networks().items():
-        if spec.type is not None:
-            decode(network_module(spec.type, f"networks.{name}").Config, spec.config, f"networks.{name}.config")
+    run = _Run(recipe, Path(), World(torch.device("cpu")), [])
+    _, data, _ = run.prepare(parts[0])
     return {"train": len(data.train), "eval": len(data.eval) if data.eval else 0}
 
 
@@ -83,6 +84,7 @@ class _Run:
         self.shelf = Shelf(folder)
         self.given = observers
         self.observers: list[Observer] = []
+        self.opened = False
 
     def train(self, fresh: bool, signals: StopSignals) -> Path:
         started = time.monotonic()
@@ -95,6 +97,8 @@ class _Run:
         done = reader.manifest(latest) if latest else None
         first = self.names.index(done["stage"]) + done["complete"] if done else 0
         try:
+            if first == len(self.stages):
+                self.world.agree(self._open_folder)  # nothing is left but the report
             for stage in self.stages[first:]:
                 saved = latest if done and not done["complete"] and stage.name == done["stage"] else None
                 metrics = self._stage(stage, saved, signals)
@@ -104,65 +108,90 @@ class _Run:
             status = "interrupted"
             raise
         finally:
+            if self.opened:
+                self._close(status, metrics, time.monotonic() - started)
+        return self.folder
+
+    def _close(self, status: str, metrics: Mapping[str, float], seconds: float) -> None:
+        """Write the summary and the curves; a full disk is told and hides no other error."""
+        try:
             for observer in self.observers:
                 observer.end()
-            if self.world.main and self.observers:
-                _summarise(self.folder, status, metrics, time.monotonic() - started, self.world)
-        return self.folder
+            _summarise(self.folder, status, metrics, seconds, self.world)
+        except OSError as error:
+            log.error("summary.json and curves.png could not be written: %s", error)
 
     def _look(self, fresh: bool) -> Path | None:
         """Look at what stands in the folder, before anything is written. Returns the checkpoint to go on from."""
         if fresh and self.folder.exists():
             raise UserError(f"--fresh: {self.folder} exists already. Choose another --run NAME, or remove it.")
+        _probe(self.folder)
         path = self.folder / RECIPE
         if path.exists():
             differing = _differences(load(str(path), []).model_dump(mode="json"), self.recipe.model_dump(mode="json"))
-            if differing:
+            if differing and checkpoints(self.folder):
                 raise UserError(
                     f"{self.folder} belongs to another recipe; these keys differ: {', '.join(differing)}. "
                     f"Give this run a name of its own with --run NAME."
                 )
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not a run folder and is not empty. Choose another --run NAME.")
-        _probe(self.folder)
         return reader.newest(self.folder)
 
     def _open_folder(self) -> None:
-        """Write the first files of the run, now that recipe and data are known to be good."""
-        if self.observers or not self.world.main:
+        """Write the first files of the run, now that recipe, data and networks are known to be good."""
+        if self.opened or not self.world.main:
             return
+        trackers = []
+        if self.recipe.log.trackers and self.given is None:
+            from scaletrain.callbacks.trackers import Trackers
+
+            trackers = [Trackers(self.recipe, self.folder)]
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".saving-*"):
             shutil.rmtree(left)
-        (self.folder / RECIPE).write_text(resolved_yaml(self.recipe))
-        if self.given is not None:
-            self.observers = list(self.given)
-            return
-        self.observers = [MetricsLog(self.folder / METRICS), SampleFolder(self.folder / "samples"), ProgressLine()]
-        if self.recipe.log.trackers:
-            from scaletrain.callbacks.trackers import Trackers
+        set_aside(self.folder, reader.newest(self.folder) if checkpoints(self.folder) else None)
+        temporary = self.folder / f".{RECIPE}.new"
+        temporary.write_text(resolved_yaml(self.recipe))
+        temporary.replace(self.folder / RECIPE)
+        own = (MetricsLog(self.folder / METRICS), SampleFolder(self.folder / "samples"), ProgressLine())
+        self.observers += [*trackers, *own] if self.given is None else self.given
+        self.opened = True
 
-            self.observers.insert(0, Trackers(self.recipe, self.folder))
-
-    def _stage(self, stage: Stage, saved: Path | None, signals: StopSignals) -> dict[str, float]:
-        """Build everything of one stage and train it. Returns its last evaluation."""
+    def prepare(self, stage: Stage) -> tuple[Objective[Any], Data, dict[str, NetworkSpec]]:
+        """Make the objective, the examples and what the networks are told. Raises UserError."""
         objective = objective_of(stage.recipe)
         objective.restore(self._origins(stage))
         data = self.world.agree(lambda: prepare(objective, stage.recipe), main_first=True)
         if len(data.train) < self.world.size:
             raise UserError(f"{self.world.size} processes, but data.train has only {len(data.train)} example(s).")
         specs = self._continued(stage, objective.networks())
+        check_names(stage.recipe, objective.turns, specs)
+        return objective, data, specs
+
+    def _stage(self, stage: Stage, saved: Path | None, signals: StopSignals) -> dict[str, float]:
+        """Build everything of one stage and train it. Returns its last evaluation."""
+        objective, data, specs = self.prepare(stage)
         networks = self.world.agree(
             lambda: build_networks(specs, self.shelf, saved, self.world.device, stage.recipe.seed, stage.name)
         )
-        self.world.agree(self._open_folder)
-        progress = Progress(first_step=self._first_step(stage))
+        progress = Progress(first_step=self._first_step(stage), examples=len(data.train))
         if saved:
             progress = Progress(**reader.state(saved)["progress"])
+            if progress.examples != len(data.train):
+                raise UserError(
+                    f"data.train has {len(data.train):,} examples; this run has been trained on {progress.examples:,}. "
+                    "Go on with the same data, or start a run of its own with --run NAME."
+                )
+        snapshot = Snapshot(self.folder, self.names, specs, self.world)
+        trainer = self.world.agree(
+            lambda: Trainer.build(stage, objective, data, networks, progress, snapshot, self.observers, self.world)
+        )
+        if self.world.total([float(signals.asked)])[0]:
+            raise Interrupted("stopped before a step was taken; run the same command again.")
+        self.world.agree(self._open_folder)
         if self.world.main:
             rewind(self.folder / METRICS, progress.first_step + progress.step)
-        snapshot = Snapshot(self.folder, self.names, specs, self.world)
-        trainer = Trainer.build(stage, objective, data, networks, progress, snapshot, self.observers, self.world)
         if saved:
             snapshot.restore(saved, trainer.crew)
         trainer.fit(signals)
@@ -193,11 +222,12 @@ class _Run:
         return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
     def _continued(self, stage: Stage, specs: Mapping[str, NetworkSpec]) -> dict[str, NetworkSpec]:
-        """Let networks go on from those of the same name in the stage before, unless the recipe says otherwise."""
+        """Let networks go on from those of the same name in the stage before, unless this stage says otherwise."""
         before = self._before(stage)
+        own = next((s.options.get("networks") or {} for s in self.recipe.stages if s.name == stage.name), {})
         return {
-            name: spec.model_copy(update={"source": before[name]})
-            if name in before and spec.source is None and spec.path is None and not spec.frozen
+            name: spec.model_copy(update={"source": before[name], "path": None})
+            if name in before and not spec.frozen and not {"from", "path"} & set(own.get(name) or {})
             else spec
             for name, spec in specs.items()
         }
@@ -216,23 +246,29 @@ class _Run:
 
 def _probe(folder: Path) -> None:
     """Raise UserError unless a folder, or its nearest parent that exists, can be written. Leaves nothing behind."""
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
     try:
+        parent = folder
+        while not parent.exists():
+            parent = parent.parent
         with tempfile.TemporaryDirectory(prefix=".scaletrain-", dir=parent):
             pass
+        if parent != folder:
+            os.lstat(parent / folder.relative_to(parent).parts[0])
+    except FileNotFoundError:
+        return  # it can be made
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}. Choose another place with --root DIR.") from None
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
     """Return the dotted keys in which two recipes differ, but for those that may."""
-    if key in _MAY_CHANGE or old == new:
+    if old == new or re.sub(r"^stages\.[^.]+\.", "", key) in _MAY_CHANGE:
         return []
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
-        for name in sorted(old.keys() | new.keys()):
+        for name in sorted(old.keys() | new.keys(), key=str):
             found += _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
         return found
     return [key]

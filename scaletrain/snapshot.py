@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,14 +16,11 @@ import scaletrain
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.layout import STATE, point
 from scaletrain.checkpoint.writer import prune, write
-from scaletrain.config import NetworkSpec
+from scaletrain.config import NetworkSpec, Stage
 from scaletrain.crew import Crew, Progress
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted
 from scaletrain.networks.build import save
-
-if TYPE_CHECKING:
-    from scaletrain.recipe import Stage
 
 
 def versions() -> dict[str, str]:
@@ -80,17 +77,22 @@ class Snapshot:
             }
             (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
 
+        from safetensors import SafetensorError
+
         def work() -> None:
-            path = write(self.root, step, fill, facts)
+            try:
+                path = write(self.root, step, fill, facts)
+            except SafetensorError as error:  # a full disk, most often
+                raise OSError(str(error)) from error
             if best:
                 point(self.root / "best", path.name)
-            prune(self.root, stage.recipe.checkpoint.keep)
+            prune(self.root, stage.recipe.checkpoint.keep, path)
 
         try:
             self.world.on_main(work)
         except OSError as error:
             raise Interrupted(
-                f"the checkpoint of step {step:,} could not be written ({error}); the one before it is whole. "
+                f"the checkpoint of step {step:,} could not be written ({error}); those before it are as they were. "
                 f"Make room in {self.root} and run the same command again."
             ) from error
 

@@ -21,6 +21,7 @@ while step < steps:
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import time
@@ -32,21 +33,23 @@ import torch
 
 from scaletrain.assemble import build_players, recompute
 from scaletrain.callbacks.base import Observer, Plan
-from scaletrain.config import Duration, EvaluateSpec
+from scaletrain.config import Duration, EvaluateSpec, Stage
 from scaletrain.crew import Crew, Progress
+from scaletrain.data.dataset import First
 from scaletrain.data.loader import Failure, Layout, Micro, Windows
 from scaletrain.data.order import key_of
 from scaletrain.engine.data_parallel import DataParallel
 from scaletrain.engine.hardware import flops_per_token, peak_flops
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
-from scaletrain.errors import Interrupted, UserError
+from scaletrain.errors import Interrupted, UserError, agreed, did_you_mean
 from scaletrain.evaluation import evaluate
 from scaletrain.objectives.base import Data, Objective, Request
 from scaletrain.player import Player, Term, Turn
-from scaletrain.recipe import Stage
 from scaletrain.signals import StopSignals
 from scaletrain.snapshot import Snapshot
+
+log = logging.getLogger("scaletrain")
 
 _MAX_UNITS = 8
 
@@ -97,6 +100,7 @@ class Trainer:
         self._peak = peak_flops(world.device, recipe.train.precision)
         self._flops = flops_per_token(self.engine.plain().values())
         self._stop = False
+        self._cannot_tell = False
         self._begin_throughput()
 
     @classmethod
@@ -132,22 +136,34 @@ class Trainer:
 
     def fit(self, signals: StopSignals) -> None:
         """Train to the end of the stage. Raises Interrupted after saving when a signal asked to stop."""
-        progress, log_every = self.progress, self.recipe.log.every
+        progress = self.progress
         order = (self._data_seed, self.stage.name)
         window = windows_before(self.turns, progress.step)
         workers, pin = self.recipe.data.workers, self.world.device.type == "cuda"
         self._windows = Windows(self.crew.data.train, self.layout, order, window, workers, pin)
+        self._check_metrics()
         self._tell("begin", self._plan())
+        try:
+            self._loop(signals)
+        except UserError as error:
+            error.agreed = bool(error.agreed)  # the loop is where one process can fail alone
+            raise
+
+    def _loop(self, signals: StopSignals) -> None:
+        progress, log_every = self.progress, self.recipe.log.every
         while progress.step < self.steps and not progress.complete:
             step = progress.step
-            logged = (step + 1) % log_every == 0 or step + 1 == self.steps
-            record: dict[str, Any] = {}
+            logged = min(self.steps, (step // log_every + 1) * log_every) - 1  # the next step that is logged
             for turn in self.turns:
                 if step % turn.every == 0:
+                    last = step + turn.every > logged  # of this turn, until then
                     for repeat in range(turn.repeats):
-                        record |= self._take(turn, repeat, signals, logged and repeat == turn.repeats - 1)
+                        progress.figures |= self._take(turn, repeat, signals, last and repeat == turn.repeats - 1)
             progress.step += 1
-            self._tell("step", self.global_step, self._record(record) if logged else None)
+            record = self._record(progress.figures) if step == logged else None
+            if record:
+                progress.figures = {}
+            self._tell("step", self.global_step, record)
             self._after_step()
 
     @property
@@ -182,6 +198,7 @@ class Trainer:
             if logged:
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0) + term.sum.detach().float()
+        hopeless = player.scaler is None or player.scaler.exhausted  # then an overflow is not a matter of scaling
         outcome = self.engine.update(player)
         self.engine.synchronise_statistics()
         if outcome.stepped:
@@ -189,10 +206,10 @@ class Trainer:
             if player.ema:
                 player.ema.update(player.updates)
             self.objective.after_update(player, self.engine.plain())
-        elif player.scaler is not None and not player.scaler.exhausted:
-            player.skipped += 1
-        else:
+        elif hopeless:
             self._explain(turn, player, micros, losses)
+        else:
+            player.skipped += 1
         if not logged:
             return {}
         totals = self.world.total(torch.stack(list(sums.values())).tolist())
@@ -206,27 +223,32 @@ class Trainer:
     def _next(self, turn: Turn, signals: StopSignals) -> tuple[list[Micro], dict[str, int]]:
         """Return the next window and the global counts. One small sum over ranks carries errors and signals too."""
         window = next(self._windows)
-        failed = isinstance(window, Failure)
         micros: list[Micro] = [] if isinstance(window, Failure) else window
+        failure = window.message if isinstance(window, Failure) else ""
         own: dict[str, int] = {}
-        for micro in micros:
-            for unit, number in self.objective.counts(turn, micro.tensors).items():
-                own[unit] = own.get(unit, 0) + number
+        try:
+            for micro in micros:
+                for unit, number in self.objective.counts(turn, micro.tensors).items():
+                    own[unit] = own.get(unit, 0) + number
+        except UserError as error:
+            failure = str(error)
         units = sorted(own)
-        vector = [float(failed), float(signals.asked), *(float(own[u]) for u in units)]
+        stop = signals.asked or self._cannot_tell
+        vector = [float(bool(failure)), float(stop), *(float(own[u]) for u in units)]
         failures, stops, *totals = self.world.total(vector + [0.0] * (2 + _MAX_UNITS - len(vector)))
         if failures:
-            messages = self.world.gather(window.message if isinstance(window, Failure) else None)
-            raise UserError(next(m for m in messages if m))
+            raise agreed(UserError(next(message for message in self.world.gather(failure) if message)))
         self._stop = self._stop or stops > 0
         counts = dict(zip(units, map(int, totals), strict=False))
         if 0 in counts.values():
             empty = next(unit for unit, number in counts.items() if number == 0)
             own_names = [self.crew.data.train.name(e) for m in micros for e in m.examples]
             names = [name for share in self.world.gather(own_names) for name in share]
-            raise UserError(
-                f"step {self.global_step}, turn {turn.name}: the global batch has no {empty} to learn from "
-                f"({', '.join(names[:8])}). Check the data's labels and masks, or raise train.global_batch."
+            raise agreed(
+                UserError(
+                    f"step {self.global_step}, turn {turn.name}: the global batch has no {empty} to learn from "
+                    f"({', '.join(names[:8])}). Check the data's labels and masks, or raise train.global_batch."
+                )
             )
         if turn is self.turns[0]:
             for unit, number in {"samples": self.recipe.train.global_batch, **counts}.items():
@@ -240,9 +262,12 @@ class Trainer:
         found = [(rank, n) for rank, n in enumerate(self.world.gather(names)) if n]
         where = "; ".join(f"rank {rank}: {', '.join(n[:16])}" for rank, n in found)
         cause = f"the loss is not finite ({where})" if found else "the loss is finite, a gradient is not"
-        raise UserError(
-            f"step {self.global_step}, stage {self.stage.name}, turn {turn.name}: {cause}. Nothing was updated. "
-            f"Look at these samples, or lower players.{player.name}.optimizer.lr or set players.{player.name}.clip."
+        raise agreed(
+            UserError(
+                f"step {self.global_step}, stage {self.stage.name}, turn {turn.name}: {cause}. Nothing was updated. "
+                f"Look at these samples; or lower players.{player.name}.optimizer.lr, or set "
+                f"players.{player.name}.clip, in a run of its own (--run NAME)."
+            )
         )
 
     # --- between steps ------------------------------------------------------------------------------------------------
@@ -264,16 +289,35 @@ class Trainer:
         if self._stop and not progress.complete:
             raise Interrupted(f"stopped at step {self.global_step:,} and saved; run the same command again to go on.")
 
+    def _check_metrics(self) -> None:
+        """Raise UserError when patience, `plateau` or `checkpoint.best` would look at a metric that there is not.
+
+        What there is, is known from one batch: better now than after the training.
+        """
+        spec, best, held = self.recipe.evaluate, self.recipe.checkpoint.best, self.crew.data.eval
+        wanted = {"evaluate.metric": spec.metric} if spec.patience or self._listens or spec.metric != "loss" else {}
+        wanted |= {"checkpoint.best": best} if best else {}
+        if not wanted:
+            return
+        if held is None:
+            raise UserError(
+                f"`{next(iter(wanted))}`, evaluate.patience and plateau look at evaluations, and there is no data for "
+                "them: give data.eval or data.holdout."
+            )
+        with self._at_rest() as networks:
+            found = evaluate(self.objective, networks, First(held, 2 * self.world.size), self.recipe, self.world)
+        for key, name in wanted.items():
+            if name not in found:
+                raise UserError(f"`{key}`: there is no metric `{name}`.{did_you_mean(name, found)}")
+
     def _judge(self, metrics: dict[str, float]) -> bool:
         """Take note of an evaluation. Returns whether it is the best one by `checkpoint.best`."""
         progress, spec = self.progress, self.recipe.evaluate
         if not metrics:
             return False
         best = self.recipe.checkpoint.best
-        if spec.metric not in metrics and spec.patience is None and best is None and not self._listens:
-            return False
-        for name in {spec.metric, best or spec.metric} - set(metrics):
-            raise UserError(f"evaluate.metric, checkpoint.best: no metric `{name}` here, but {', '.join(metrics)}.")
+        if spec.metric not in metrics:
+            return False  # nothing looks at it: see _check_metrics
         value = metrics[spec.metric]
         better = progress.best is None or EvaluateSpec.better(spec.metric, value, progress.best)
         progress.best, progress.waited = (value, 0) if better else (progress.best, progress.waited + 1)
@@ -289,20 +333,22 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Evaluate and draw samples with averaged weights where there are any."""
         with self._at_rest() as networks:
-            batch = self.recipe.evaluate.batch or self.layout.micro_batch
-            metrics = evaluate(self.objective, networks, self.crew.data.eval, batch, self.recipe, self.world)
+            metrics = evaluate(self.objective, networks, self.crew.data.eval, self.recipe, self.world)
             if metrics:
                 self.metrics = metrics
                 record = {"kind": "evaluate", "step": self.global_step, "stage": self.stage.name, **metrics}
                 self._tell("evaluated", self.global_step, record)
-            if self.recipe.evaluate.samples and self.world.main:
-                generator = torch.Generator(self.world.device).manual_seed(key_of(self.recipe.seed, "samples"))
-                samples = self.objective.sample(networks, Request(self.recipe.evaluate.samples, generator))
-                if samples is not None:
-                    self._tell("sampled", self.global_step, samples)
-        self.world.barrier()
+            if self.recipe.evaluate.samples:
+                self.world.on_main(lambda: self._sample(networks))
         self._begin_throughput()
         return metrics
+
+    def _sample(self, networks: Mapping[str, torch.nn.Module]) -> None:
+        """Draw the same samples, as it were, at every evaluation: from the same noise."""
+        generator = torch.Generator(self.world.device).manual_seed(key_of(self.recipe.seed, "samples"))
+        samples = self.objective.sample(networks, Request(self.recipe.evaluate.samples, generator))
+        if samples is not None:
+            self._tell("sampled", self.global_step, samples)
 
     @contextmanager
     def _at_rest(self) -> Iterator[Mapping[str, torch.nn.Module]]:
@@ -330,7 +376,11 @@ class Trainer:
 
     def _tell(self, event: str, *facts: Any) -> None:
         for observer in self.observers:
-            getattr(observer, event)(*facts)
+            try:
+                getattr(observer, event)(*facts)
+            except OSError as error:  # a full disk: stop all ranks at the next step, in order
+                log.error("%s cannot write: %s; the run saves and stops", type(observer).__name__, error)
+                self._cannot_tell = True
 
     def _begin_throughput(self) -> None:
         self._timed_from = (time.monotonic(), dict(self.progress.seen))

@@ -36,6 +36,11 @@ def checkpoints(root: Path) -> list[Path]:
     return [p for _, p in sorted(found)]
 
 
+def number(path: Path) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
 def point(link: Path, target: str) -> None:
     """Make a symbolic link point to `target`, atomically."""
     temporary = link.with_name(f".{link.name}.new")

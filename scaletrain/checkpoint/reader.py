@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,24 @@ def newest(root: Path) -> Path | None:
 
 
 def stage_end(root: Path, stage: str) -> Path | None:
-    """Return the checkpoint in which a stage of a run ended, if it has."""
+    """Return the checkpoint in which a stage of a run ended, if it has. Raises UserError when that one is damaged."""
     for path in reversed(checkpoints(root)):
-        facts = manifest(path)
+        try:
+            facts = manifest(path)
+        except (OSError, ValueError, KeyError):
+            continue  # not the end of a stage that anyone could read
         if facts["stage"] == stage and facts["complete"]:
+            faults = _verified(path, (path / MANIFEST).stat().st_mtime_ns)
+            if faults:
+                raise UserError(f"{path}, in which stage `{stage}` ended, is damaged: {'; '.join(faults)}")
             return path
     return None
+
+
+@lru_cache(maxsize=256)
+def _verified(path: Path, written: int) -> tuple[str, ...]:
+    """Verify a checkpoint once in the life of a process."""
+    return tuple(verify(path))
 
 
 def state(folder: Path) -> dict[str, Any]:

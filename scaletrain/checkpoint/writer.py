@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from scaletrain.checkpoint.layout import FORMAT, MANIFEST, checkpoints, point, step_folder
+from scaletrain.checkpoint.layout import FORMAT, MANIFEST, checkpoints, number, point, step_folder
 
 
 def sha256(path: Path) -> str:
@@ -59,12 +59,20 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove old checkpoints: the newest `keep`, the last of each stage and the best one stay."""
-    found = checkpoints(root)
+def set_aside(root: Path, taken: Path | None) -> None:
+    """Rename the checkpoints after the one that a run goes on from, which did not verify, to `damaged-step-...`."""
+    for path in checkpoints(root):
+        if taken is None or number(path) > number(taken):
+            target = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+
+
+def prune(root: Path, keep: int, newest: Path) -> None:
+    """Remove old checkpoints: the newest `keep`, the one just written, the last of each stage and the best stay."""
     best = (root / "best").resolve()
-    for path in found[:-keep]:
-        if path.resolve() == best:
+    for path in checkpoints(root)[:-keep]:
+        if path.resolve() in (best, newest.resolve()):
             continue
         try:
             if json.loads((path / MANIFEST).read_text())["complete"]:

@@ -49,6 +49,28 @@ class Dataset(ABC):
         return f"example {index}"
 
 
+class First(Dataset):
+    """The first examples of another data set."""
+
+    def __init__(self, dataset: Dataset, count: int):
+        self.dataset, self.count = dataset, min(count, len(dataset))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """Return the other's example."""
+        return self.dataset.example(index, rng)
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Collate as the other does."""
+        return self.dataset.collate(examples)
+
+    def batch(self, indices: Sequence[int], seeds: npt.NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+        """Return the other's batch."""
+        return self.dataset.batch(indices, seeds)
+
+
 class TensorDataset(Dataset):
     """Examples that are already rows of equally long tensors: {name: (N, ...)}."""
 

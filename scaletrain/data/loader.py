@@ -103,9 +103,10 @@ class _Micros(TorchDataset[Micro | Failure]):
             return Failure(str(error))
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to workers too, to the loop."""
+def _ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which terminals and launchers send to a whole process group, to the loop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Windows:
@@ -127,7 +128,8 @@ class Windows:
             cores = (os.cpu_count() or 1) // layout.world
             workers = min(4, max(1, cores - 1)) if dataset.decodes else 0
         self.layout = layout
-        # ahead of the loop by two windows; batches of workers=0 are made on demand
+        # Workers keep at least two windows ahead of the loop. Without workers batches are made when they are asked for:
+        # that is for data in memory, where a batch takes less time than handing it over between processes.
         self._loader: DataLoader[Micro | Failure] = DataLoader(
             _Micros(dataset, layout, seed),
             sampler=_Positions(layout, window),
@@ -135,7 +137,7 @@ class Windows:
             num_workers=workers,
             prefetch_factor=max(2, 2 * layout.accumulate // max(workers, 1)) if workers else None,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_ignore_signals,
         )
         self._micros = iter(self._loader)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from scaletrain.errors import UserError
+from scaletrain.errors import UserError, agreed
 
 T = TypeVar("T")
 
@@ -83,15 +83,19 @@ class World:
             result = self._try(work)
         errors = [e for e in self.gather(result if isinstance(result, (UserError, OSError)) else None) if e is not None]
         if errors:
-            raise errors[0]
+            raise self._agreed(errors[0])
         return result  # type: ignore[return-value]
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Do work on rank 0 alone and give everyone its result, or raise its UserError or OSError everywhere."""
         result = self.broadcast(self._try(work) if self.main else None)
         if isinstance(result, (UserError, OSError)):
-            raise result
+            raise self._agreed(result)
         return result  # type: ignore[return-value]
+
+    @staticmethod
+    def _agreed(error: UserError | OSError) -> UserError | OSError:
+        return agreed(error) if isinstance(error, UserError) else error
 
     @staticmethod
     def _try(work: Callable[[], T]) -> T | UserError | OSError:

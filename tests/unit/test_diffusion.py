@@ -309,8 +309,9 @@ def test_report_names_every_student_and_measures_it(tmp_path) -> None:  # type: 
     for i in range(4, 0, -1):  # the teacher's four steps written out: x̂₀ = z / 10, ε̂ = (z − α z / 10) / σ
         (a, s), (a2, s2) = (PATH.alpha_sigma(torch.tensor(j / 4)) for j in (i, i - 1))
         z = a2 * 0.1 * z + s2 * (z - a * 0.1 * z) / s
-    rmse = float(((0.3 * noise).clamp(-1, 1) - z.clamp(-1, 1)).square().mean().sqrt())
-    assert table["student"]["1"]["rmse_to_teacher"] == pytest.approx(rmse, rel=1e-3)
+    for who, factor in (("teacher", 0.1), ("student", 0.3)):  # in one step
+        rmse = float(((factor * noise).clamp(-1, 1) - z.clamp(-1, 1)).square().mean().sqrt())
+        assert table[who]["1"]["rmse_to_teacher"] == pytest.approx(rmse, rel=1e-3)
     assert {"energy_distance", "confident", "smallest_class"} <= set(table["teacher"]["4"])
     assert "same-noise-teacher-4-student-2-1" in report.pictures
     assert "student" in report.text
