@@ -160,7 +160,8 @@ def run(
     name: Name,
     overrides: Overrides = None,
     run: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The run folder's name; the recipe's by default.")
+        str | None,
+        typer.Option("--run", "--name", metavar="NAME", help="The run folder's name; the recipe's by default."),
     ] = None,
     root: Root = Path("checkpoints"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to reuse a folder, instead of resuming.")] = False,
@@ -240,6 +241,8 @@ def evaluate(
     from scaletrain import finished
 
     metrics, report = finished.evaluate(folder, data)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if json:
         _print_json(metrics)
         return

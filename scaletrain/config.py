@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 class Strict(BaseModel):
     """A piece of configuration: unknown keys are refused, values are not changed after decoding."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
 
 
 class Open(BaseModel):
@@ -148,7 +148,7 @@ class OptimizerSpec(Strict):
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """Not applied to biases, norms and other vectors."""
-    betas: tuple[float, float] | None = None
+    betas: tuple[float, float] | None = Field(None, strict=False)
     eps: float | None = Field(None, gt=0)
     momentum: float | None = Field(None, ge=0, lt=1)
     nesterov: bool | None = None

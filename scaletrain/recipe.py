@@ -201,6 +201,9 @@ def _check_stage(recipe: Recipe, earlier: list[str]) -> None:
 
     objective = objective_of(recipe)
     players = {turn.player for turn in objective.turns}
+    for key in ("seq_len", "packing"):
+        if getattr(recipe.data, key) and key not in objective.data_keys:
+            raise UserError(f"`data.{key}`: {recipe.objective.type} does not use it; remove it.")
     for name, player in recipe.players.items():
         if name not in players:
             raise UserError(

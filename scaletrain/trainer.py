@@ -295,7 +295,8 @@ class Trainer:
         What there is, is known from one batch: better now than after the training.
         """
         spec, best, held = self.recipe.evaluate, self.recipe.checkpoint.best, self.crew.data.eval
-        wanted = {"evaluate.metric": spec.metric} if spec.patience or self._listens or spec.metric != "loss" else {}
+        looked_at = spec.patience or self._listens or (held is not None and spec.metric != "loss")
+        wanted = {"evaluate.metric": spec.metric} if looked_at else {}
         wanted |= {"checkpoint.best": best} if best else {}
         if not wanted:
             return

@@ -48,10 +48,16 @@ class Classes:
             _check(rows, i, column, label, named)
         if not named:
             largest = int(np.argmax(labels))
+            if count is None and labels[largest] > 10 * len(labels) + 1000:
+                raise UserError(
+                    f"{rows.name(largest)}: `{column}` {labels[largest]} is a strange id for {len(labels):,} rows."
+                    " Name the right column by `columns: {label: COLUMN}`, or declare num_classes."
+                )
             if count is not None and labels[largest] >= count:
                 raise UserError(_out_of_range(rows, largest, column, labels[largest], count))
             return cls(tuple(map(str, range(count or int(labels[largest]) + 1))), named=False)
-        found = sorted(set(labels), key=int if all(map(str.isdecimal, labels)) else str)
+        numbers = all(map(str.isdecimal, labels))
+        found = sorted(set(labels), key=lambda name: (int(name), name) if numbers else (0, name))
         if count is not None and len(found) > count:
             i = labels.index(found[count])
             raise UserError(

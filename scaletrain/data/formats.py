@@ -180,13 +180,19 @@ class Chats(Format):
         if re.search(r"\{%-?\s*generation\s*-?%\}", template):
             done: Any = self.tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
             return Encoded(done["input_ids"], done["assistant_masks"])
-        texts = [self._written(c) for c in chats]
+        texts = [self._told(c, n) for c, n in zip(chats, names, strict=True)]
         done = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         marks = []
         for chat, text, offsets, name in zip(chats, texts, done["offset_mapping"], names, strict=True):
             spans = self._assistant_spans(chat, text, name)
             marks.append([int(any(a <= start < b for a, b in spans)) for start, _ in offsets])
         return Encoded(done["input_ids"], marks)
+
+    def _told(self, messages: list[dict[str, Any]], name: str) -> str:
+        try:
+            return self._written(messages)
+        except Exception as error:  # templates raise what they like
+            raise UserError(f"{name}: the chat template refuses these messages: {error}") from error
 
     def _written(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
@@ -236,6 +242,7 @@ class Pairs(Format):
             for column, column_values in zip(self.columns, values, strict=True)
         ]
         done = self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_token_type_ids=self.paired)
+        self.tokenizer.backend_tokenizer.no_truncation()  # it stays on otherwise, and would be saved
         return Encoded(done["input_ids"], done["token_type_ids"] if self.paired else None)
 
 
@@ -251,6 +258,10 @@ def _framed(ids: list[int], before: list[int], end: int) -> list[int]:
 def _text(value: Any, column: str, name: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{name}: `{column}` must be a text, not {_kind(value)}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: `{column}` has half of a surrogate pair at character {error.start}.") from None
     return value
 
 

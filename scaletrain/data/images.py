@@ -91,6 +91,8 @@ class ImageDataset(Dataset):
         self._labels = classes.encode(rows, rows.require("label", "the class of a picture")) if classes else None
         self._decoded: Pixels | None = None
         self.shape: tuple[int, int, int] = self._read(0).shape
+        if self._augment.crop >= min(self.shape[1:]):
+            raise UserError(f"augment.crop={self._augment.crop} leaves nothing of pictures of {self.shape[1:]} pixels")
         if len(rows) * math.prod(self.shape) <= IN_MEMORY_BYTES:
             self._decoded = self._read_all()
         self.decodes = self._decoded is None or self._augment != Augment()
@@ -176,7 +178,7 @@ class ImageDataset(Dataset):
 class ImageOptions(Strict):
     """The options of an objective over pictures that say how they are read."""
 
-    size: int | tuple[int, int] | None = None
+    size: int | tuple[int, int] | None = Field(None, strict=False)
     """Side of a square, or (height, width), that pictures are scaled and cut to; by default they stay as they are."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for colour; by default as in the first picture."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from scaletrain.engine.base import Engine
 from scaletrain.engine.statistics import statistics
 from scaletrain.player import Outcome, Player
+
+
+def _no_buffers() -> dict[str, Any]:
+    """Return the argument that keeps DDP from overwriting buffers, under the name that this torch knows it by."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
 
 
 class DataParallel(Engine):
@@ -35,7 +42,7 @@ class DataParallel(Engine):
                     DistributedDataParallel(
                         module,
                         device_ids=[self.world.device.index] if self.world.device.type == "cuda" else None,
-                        broadcast_buffers=False,
+                        **_no_buffers(),
                         gradient_as_bucket_view=True,
                     )
                     if self.world.size > 1

@@ -88,7 +88,10 @@ def read_config(path: str, config: TransformersConfig) -> Any:
     if config.model_type not in (None, found.model_type):
         raise UserError(f"`{path}` is a {found.model_type}, not the {config.model_type} of `config.model_type`.")
     for key, value in config.options.items():
-        setattr(found, key, value)
+        try:
+            setattr(found, key, value)
+        except Exception as error:  # the library's validation errors share no narrower base class
+            raise UserError(f"config.{key}: {' '.join(str(error).split())}") from error
     return found
 
 

@@ -93,6 +93,8 @@ class Objective(ABC, Generic[C]):
 
     turns: tuple[Turn, ...] = (Turn("train", "model"),)
     """The schedule. Set it in `__init__` when it depends on options."""
+    data_keys: ClassVar[frozenset[str]] = frozenset()
+    """Which of `data.seq_len` and `data.packing` the family uses; the others are refused."""
     throughput: ClassVar[str] = "samples"
     """The unit, among those of `counts` or `samples`, that the progress line gives per second."""
 

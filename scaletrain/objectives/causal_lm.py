@@ -72,6 +72,7 @@ class Objective(base.Objective[Config]):
     """Next-token prediction by one network, `model`."""
 
     throughput: ClassVar[str] = "tokens"
+    data_keys: ClassVar[frozenset[str]] = frozenset({"seq_len", "packing"})
 
     def __init__(self, config: Config, recipe: Recipe):
         super().__init__(config, recipe)
@@ -129,6 +130,12 @@ class Objective(base.Objective[Config]):
         ).get_text_config()
         check_vocabulary(tokenizer, settings.vocab_size, "networks.model")
         limit = getattr(settings, "max_position_embeddings", None)
+        wanted = self.config.sampling.max_new_tokens
+        if limit and self.recipe.evaluate.samples and wanted >= limit:
+            raise UserError(
+                f"objective.sampling.max_new_tokens={wanted}: the network has {limit} positions in all. Lower it, or "
+                "draw nothing with evaluate.samples=0."
+            )
         if limit and seq_len > limit:
             raise UserError(
                 f"data.seq_len={seq_len}: the network has {limit} positions. Lower it, or, for a new network, raise "
@@ -196,11 +203,12 @@ class Objective(base.Objective[Config]):
                 raise UserError(
                     f"no sampling option is called `{key}`.{did_you_mean(key, SamplingConfig.model_fields)}"
                 )
-        how = SamplingConfig(**options)
+        how = decode(SamplingConfig, options, "sampling")
         fmt: Any = formats.language_format("completion" if self._format == "text" else self._format, tokenizer)
         prompts = [fmt.prompt(p) for p in request.prompts] or self._prompts or [[]]
         start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        prompts = [prompts[i * len(prompts) // request.count] or [start] for i in range(request.count)]
+        count = max(request.count, len(request.prompts))
+        prompts = [prompts[i * len(prompts) // count] or [start] for i in range(count)]
         ids = generate(networks["model"], prompts, how, request.generator, filler(tokenizer), tokenizer.eos_token_id)
         return base.Samples(texts=tokenizer.batch_decode(ids, skip_special_tokens=True))
 

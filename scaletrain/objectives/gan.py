@@ -50,6 +50,8 @@ class Objective(base.Objective[Config]):
     def prepare(self, train: Rows, eval: Rows | None) -> Data:
         """Decode the pictures. Raises UserError that names the row."""
         first, held = self.config.open(train, eval)
+        if held is not None and len(held) < 2:
+            raise UserError("data.eval, data.holdout: one picture is too few to compare samples with; give 2 or more.")
         self._shape = first.shape
         if held is not None:
             some = np.linspace(0, len(held) - 1, min(len(held), 2000)).astype(int)

@@ -33,17 +33,19 @@ class Objective(base.Objective[Config]):
     """Train `model`, by default LeNet-5, on columns `image` and `label`; evaluate loss and accuracy."""
 
     throughput: ClassVar[str] = "images"
+    classes: Classes | None = None
 
     def prepare(self, train: Rows, eval: Rows | None) -> Data:
         """Decode the pictures and number the classes. Raises UserError that names the row."""
         label = train.require("label", "the class of a picture")
-        self.classes = Classes.find(train, label, self.config.num_classes)
+        self.classes = self.classes or Classes.find(train, label, self.config.num_classes)
         first, held = self.config.open(train, eval, self.classes)
         self._shape = first.shape
         return Data(first, held)
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return `model`, which is told the shape of a picture and the number of classes."""
+        assert self.classes is not None
         channels, height, width = self._shape
         found = {"channels": channels, "height": height, "width": width, "classes": len(self.classes)}
         return {"model": completed(self.recipe, "model", "cnn", **found)}
@@ -55,6 +57,7 @@ class Objective(base.Objective[Config]):
 
     def save_assets(self, network: str, folder: Path) -> None:
         """Write the names of the classes, by id, beside the weights."""
+        assert self.classes is not None
         self.classes.save(folder)
 
     def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:

@@ -64,7 +64,8 @@ class Objective(base.Objective[Config]):
 
     def prepare(self, train: Rows, eval: Rows | None) -> Data:
         """Tokenise and number the classes. Raises UserError that names the key or row."""
-        self.classes = Classes.find(train, train.require("label", "the class of a text"), self.config.num_classes)
+        label = train.require("label", "the class of a text")
+        self.classes = self.classes or Classes.find(train, label, self.config.num_classes)
         self.tokenizer = self.tokenizer or self._find_tokenizer(train)
         length = self._check_network()
         paired = "text_pair" in train.columns
