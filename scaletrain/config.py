@@ -148,7 +148,7 @@ class OptimizerSpec(Strict):
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """Not applied to biases, norms and other vectors."""
-    betas: tuple[float, float] | None = Field(None, strict=False)
+    betas: Annotated[tuple[float, float], Field(strict=False)] | None = None
     eps: float | None = Field(None, gt=0)
     momentum: float | None = Field(None, ge=0, lt=1)
     nesterov: bool | None = None

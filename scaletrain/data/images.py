@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import numpy as np
 import numpy.typing as npt
@@ -178,7 +178,7 @@ class ImageDataset(Dataset):
 class ImageOptions(Strict):
     """The options of an objective over pictures that say how they are read."""
 
-    size: int | tuple[int, int] | None = Field(None, strict=False)
+    size: int | Annotated[tuple[int, int], Field(strict=False)] | None = None
     """Side of a square, or (height, width), that pictures are scaled and cut to; by default they stay as they are."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for colour; by default as in the first picture."""

@@ -49,7 +49,8 @@ PROMPTS, PROMPT_TOKENS = 64, 16
 class SamplingConfig(Strict):
     """How texts are continued."""
 
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)
+    """By default 64, or half of the network's positions where that is less."""
     temperature: float = Field(0.8, ge=0)
     """0 takes the most likely token."""
     top_k: int | None = Field(None, ge=1)
@@ -131,10 +132,9 @@ class Objective(base.Objective[Config]):
         check_vocabulary(tokenizer, settings.vocab_size, "networks.model")
         limit = getattr(settings, "max_position_embeddings", None)
         wanted = self.config.sampling.max_new_tokens
-        if limit and self.recipe.evaluate.samples and wanted >= limit:
+        if limit and wanted and wanted >= limit:
             raise UserError(
-                f"objective.sampling.max_new_tokens={wanted}: the network has {limit} positions in all. Lower it, or "
-                "draw nothing with evaluate.samples=0."
+                f"objective.sampling.max_new_tokens={wanted}: the network has {limit} positions in all. Lower it."
             )
         if limit and seq_len > limit:
             raise UserError(
@@ -273,13 +273,12 @@ def generate(
     from transformers import GenerationConfig
 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and how.max_new_tokens >= limit:
-        raise UserError(f"sampling.max_new_tokens={how.max_new_tokens}: the network has {limit} positions in all.")
-    room = limit - how.max_new_tokens if limit else None
+    new = how.max_new_tokens or min(64, limit // 2 if limit else 64)
+    if limit and new >= limit:
+        raise UserError(f"sampling.max_new_tokens={new}: the network has {limit} positions in all.")
+    room = limit - new if limit else None
     drawn = {"temperature": how.temperature, "top_k": how.top_k or 0, "top_p": how.top_p} if how.temperature else {}
-    settings = GenerationConfig(
-        max_new_tokens=how.max_new_tokens, do_sample=bool(drawn), pad_token_id=fill, eos_token_id=end, **drawn
-    )
+    settings = GenerationConfig(max_new_tokens=new, do_sample=bool(drawn), pad_token_id=fill, eos_token_id=end, **drawn)
     device = generator.device
     out: list[list[int]] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

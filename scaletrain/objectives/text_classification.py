@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class Config(Strict):
 @final
 class Objective(base.Objective[Config]):
     """Cross-entropy of the class, by one network, `model`."""
+
+    data_keys: ClassVar[frozenset[str]] = frozenset({"seq_len"})
 
     def __init__(self, config: Config, recipe: Recipe):
         super().__init__(config, recipe)

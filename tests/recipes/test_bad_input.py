@@ -74,7 +74,7 @@ def broken_line(folder: Path, data: Path) -> tuple[list[object], list[str]]:
 
 def no_column(folder: Path, data: Path) -> tuple[list[object], list[str]]:
     path = lines(folder / "columns.jsonl", {"sentence": "a cat", "label": 0}, {"sentence": "a dog", "label": 1})
-    return small("text/classify", data, f"data.train={path}"), ["columns.jsonl", "text", "sentence"]
+    return small("text/classify", data, f"data.train={path}", "data.holdout=0"), ["columns.jsonl", "text", "sentence"]
 
 
 def empty(folder: Path, data: Path) -> tuple[list[object], list[str]]:
@@ -89,7 +89,10 @@ def all_masked(folder: Path, data: Path) -> tuple[list[object], list[str]]:
 
 def class_out_of_range(folder: Path, data: Path) -> tuple[list[object], list[str]]:
     path = lines(folder / "classes.jsonl", {"text": "a cat", "label": 0}, {"text": "a dog", "label": 7})
-    return small("text/classify", data, f"data.train={path}", "objective.num_classes=2"), ["classes.jsonl line 2", "7"]
+    return small("text/classify", data, f"data.train={path}", "data.holdout=0", "objective.num_classes=2"), [
+        "classes.jsonl line 2",
+        "7",
+    ]
 
 
 def corrupt_image(folder: Path, data: Path) -> tuple[list[object], list[str]]:
