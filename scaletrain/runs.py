@@ -222,15 +222,29 @@ class _Run:
         return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
     def _continued(self, stage: Stage, specs: Mapping[str, NetworkSpec]) -> dict[str, NetworkSpec]:
-        """Let networks go on from those of the same name in the stage before, unless this stage says otherwise."""
+        """Let networks go on from those of the same name in the stage before, unless this stage says otherwise.
+
+        What goes on from another network has that network's type and config. Raises UserError when the recipe asks
+        for another.
+        """
         before = self._before(stage)
         own = next((s.options.get("networks") or {} for s in self.recipe.stages if s.name == stage.name), {})
-        return {
-            name: spec.model_copy(update={"source": before[name], "path": None})
-            if name in before and not spec.frozen and not {"from", "path"} & set(own.get(name) or {})
-            else spec
-            for name, spec in specs.items()
-        }
+        found = dict(specs)
+        for name, spec in specs.items():
+            if name in before and not spec.frozen and not {"from", "path"} & set(own.get(name) or {}):
+                spec = spec.model_copy(update={"source": before[name], "path": None})
+            if spec.source is not None:
+                origin = self.shelf.spec(spec.source)
+                asked = stage.recipe.networks.get(name, NetworkSpec()).config
+                other = [key for key, value in asked.items() if origin.config.get(key, value) != value]
+                if other:
+                    raise UserError(
+                        f"networks.{name}.config.{other[0]} is {asked[other[0]]}, but {spec.source}, which it goes on "
+                        f"from, has {origin.config[other[0]]}: leave it out."
+                    )
+                spec = spec.model_copy(update={"type": origin.type, "config": {**spec.config, **origin.config}})
+            found[name] = spec
+        return found
 
     def _report(self) -> None:
         """Judge the run as a whole, once."""

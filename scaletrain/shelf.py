@@ -49,10 +49,21 @@ class Shelf:
 
     def folder(self, source: str) -> Path:
         """Return the folder of the network that a `from` names, whether or not it holds weights of its own."""
+        checkpoint, network = self._find(source)
+        return checkpoint / "networks" / network
+
+    def spec(self, source: str) -> NetworkSpec:
+        """Return how the network that a `from` names was built. Raises UserError when there is none of this name."""
+        checkpoint, network = self._find(source)
+        specs = reader.manifest(checkpoint)["networks"]
+        if network not in specs:
+            raise UserError(f"from: {source}: there is no network `{network}`.{did_you_mean(network, specs)}")
+        return NetworkSpec.model_validate(specs[network])
+
+    def _find(self, source: str) -> tuple[Path, str]:
         kind, _, rest = source.partition(":")
         place, _, network = rest.rpartition("/")
-        checkpoint = self._end(place) if kind == "stage" else self._newest(Path(place), source)
-        return checkpoint / "networks" / network
+        return self._end(place) if kind == "stage" else self._newest(Path(place), source), network
 
     def stage(self, stage: str, network: str) -> nn.Module:
         """Load a network as a stage of this run left it."""
