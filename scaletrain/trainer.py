@@ -136,18 +136,20 @@ class Trainer:
 
     def fit(self, signals: StopSignals) -> None:
         """Train to the end of the stage. Raises Interrupted after saving when a signal asked to stop."""
+        self._check_metrics()
         progress = self.progress
         order = (self._data_seed, self.stage.name)
         window = windows_before(self.turns, progress.step)
         workers, pin = self.recipe.data.workers, self.world.device.type == "cuda"
         self._windows = Windows(self.crew.data.train, self.layout, order, window, workers, pin)
-        self._check_metrics()
         self._tell("begin", self._plan())
         try:
             self._loop(signals)
         except UserError as error:
             error.agreed = bool(error.agreed)  # the loop is where one process can fail alone
             raise
+        finally:
+            del self._windows  # ends its workers
 
     def _loop(self, signals: StopSignals) -> None:
         progress, log_every = self.progress, self.recipe.log.every

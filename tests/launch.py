@@ -44,6 +44,14 @@ class Run:
 
     def stop_when(self, ready: Callable[[], bool], number: int = signal.SIGKILL) -> tuple[list[int | None], str]:
         """Send a signal to every rank as soon as `ready()`. Fails when the run ends before that."""
+        self.wait(ready)
+        for rank in self.ranks:
+            assert rank.pid is not None
+            os.kill(rank.pid, number)
+        return self.finish()
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Wait until `ready()`. Fails when the run ends before that."""
         end = time.monotonic() + 300
         while not ready():
             if any(rank.exitcode is not None for rank in self.ranks) or time.monotonic() > end:
@@ -51,14 +59,13 @@ class Run:
                     rank.kill()
                 raise AssertionError(f"ended before the signal, or too late\n{self.finish()[1]}")
             time.sleep(0.002)
-        for rank in self.ranks:
-            assert rank.pid is not None
-            os.kill(rank.pid, number)
-        return self.finish()
 
 
-def start(arguments: Sequence[object], processes: int = 1, cwd: Path | None = None) -> Run:
-    """Start `scaletrain ARGUMENTS` on so many ranks, with the variables that torchrun would set."""
+def start(arguments: Sequence[object], processes: int = 1, cwd: Path | None = None, own_group: bool = False) -> Run:
+    """Start `scaletrain ARGUMENTS` on so many ranks, with the variables that torchrun would set.
+
+    own_group: each rank leads a process group of its own, with its number.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -71,14 +78,15 @@ def start(arguments: Sequence[object], processes: int = 1, cwd: Path | None = No
             environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         cache = {k: v for k, v in os.environ.items() if k.startswith("SCALETRAIN_")}
-        ranks.append(
-            _context.Process(target=_main, args=([str(a) for a in arguments], environment | cache, output, cwd))
-        )
+        words = [str(a) for a in arguments]
+        ranks.append(_context.Process(target=_main, args=(words, environment | cache, output, cwd, own_group)))
         ranks[-1].start()
     return Run(ranks, output)
 
 
-def _main(arguments: list[str], environment: dict[str, str], output: Path, cwd: Path | None) -> None:
+def _main(arguments: list[str], environment: dict[str, str], output: Path, cwd: Path | None, own_group: bool) -> None:
+    if own_group:
+        os.setpgid(0, 0)
     os.environ.update(environment)
     if cwd:
         os.chdir(cwd)

@@ -8,7 +8,6 @@ depends on neither the number of processes nor on where a run was resumed.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -103,10 +102,9 @@ class _Micros(TorchDataset[Micro | Failure]):
             return Failure(str(error))
 
 
-def _ignore_signals(worker: int) -> None:
+def _leave_group(worker: int) -> None:
     """Leave Ctrl-C and SIGTERM, which terminals and launchers send to a whole process group, to the loop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.setpgid(0, 0)
 
 
 class Windows:
@@ -137,7 +135,7 @@ class Windows:
             num_workers=workers,
             prefetch_factor=max(2, 2 * layout.accumulate // max(workers, 1)) if workers else None,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_leave_group,
         )
         self._micros = iter(self._loader)
 

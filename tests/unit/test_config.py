@@ -116,3 +116,21 @@ def test_accuracy_is_better_higher():
 def test_nothing_heavy_is_imported():
     code = "import sys, scaletrain.config; print([m for m in ('torch', 'numpy', 'yaml') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("metric", "new", "old", "better"),
+    [
+        ("loss", 1.0, 2.0, True),
+        ("critic_loss", 2.0, 1.0, False),
+        ("accuracy", 0.9, 0.8, True),
+        ("confident", 0.9, 0.8, True),
+        ("mse", 0.1, 0.2, True),
+        ("energy_distance", 0.1, 0.2, True),
+        ("loss", float("nan"), 2.0, False),
+        ("loss", 5.0, float("nan"), True),
+        ("accuracy", 0.1, float("nan"), True),
+    ],
+)
+def test_which_of_two_metrics_is_better(metric: str, new: float, old: float, better: bool) -> None:
+    assert EvaluateSpec.better(metric, new, old) is better

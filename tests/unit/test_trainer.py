@@ -14,7 +14,7 @@ from scaletrain.data.dataset import TensorDataset
 from scaletrain.errors import UserError
 from scaletrain.objectives.base import Data
 from scaletrain.player import Turn
-from scaletrain.recipe import load
+from scaletrain.recipe import load, load_code
 from scaletrain.runs import train
 from scaletrain.trainer import steps_of, windows_before
 
@@ -113,3 +113,51 @@ def test_recomputation_changes_nothing(tmp_path: Path) -> None:
     plain = records(run(tmp_path / "a", "train.duration=5 steps"), "train")
     again = records(run(tmp_path / "b", "train.duration=5 steps", "train.recompute=true"), "train")
     assert [r["loss"] for r in plain] == [r["loss"] for r in again]
+
+
+RARE = '''
+"""A family with a turn that is taken every third step only."""
+
+from typing import final
+
+import torch
+
+from scaletrain.config import Strict
+from scaletrain.data.dataset import TensorDataset
+from scaletrain.objectives import base
+from scaletrain.player import Term, Turn
+
+
+class Config(Strict):
+    """None."""
+
+
+@final
+class Objective(base.Objective[Config]):
+    """Two turns of one player."""
+
+    turns = (Turn("usual", "model"), Turn("rare", "model", every=3))
+
+    def prepare(self, train, eval):
+        return base.Data(TensorDataset({"x": torch.randn(40, 2, generator=torch.Generator().manual_seed(0))}))
+
+    def networks(self):
+        return {"model": base.completed(self.recipe, "model", "mlp", inputs=2, outputs=1)}
+
+    def counts(self, turn, batch):
+        return {"samples": len(batch["x"])}
+
+    def loss(self, turn, networks, batch):
+        return {"loss": Term(networks["model"](batch["x"]).square().sum(), per="samples")}
+'''
+
+
+def test_figures_of_rare_turns_reach_the_log(tmp_path: Path) -> None:
+    """log.every 4 and every 3 fall on the same step once in twelve; each record has the newest figures of both."""
+    (tmp_path / "rare_turns.py").write_text(RARE)
+    (tmp_path / "r.yaml").write_text("{objective: {type: rare_turns}, data: {train: 'sklearn:iris'}}")
+    load_code(tmp_path / "rare_turns.py")
+    recipe = load(str(tmp_path / "r.yaml"), ["train.duration=24 steps", "log.every=4", "train.global_batch=4"])
+    found = records(train(recipe, "r", tmp_path), "train")
+    assert [r["step"] for r in found] == [4, 8, 12, 16, 20, 24]
+    assert all({"usual/loss", "rare/loss"} <= set(r) for r in found)

@@ -6,7 +6,7 @@ import pytest
 
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.layout import checkpoints
-from scaletrain.checkpoint.writer import prune, write
+from scaletrain.checkpoint.writer import prune, set_aside, write
 from scaletrain.errors import UserError
 
 
@@ -76,7 +76,7 @@ def test_retention_keeps_the_newest_the_best_and_the_ends_of_stages(tmp_path: Pa
     for step in range(1, 8):
         save(tmp_path, step, complete=step == 3)
     (tmp_path / "best").symlink_to("step-00000002")
-    prune(tmp_path, keep=2)
+    prune(tmp_path, 2, tmp_path / "step-00000007")
     assert [int(p.name[-2:]) for p in checkpoints(tmp_path)] == [2, 3, 6, 7]
     assert reader.stage_end(tmp_path, "main") == tmp_path / "step-00000003"
 
@@ -87,3 +87,23 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="format 99"):
         reader.manifest(path)
+
+
+def test_damaged_folders_do_not_push_out_good_ones(tmp_path: Path) -> None:
+    """A run that goes on from step 50 because 100 is damaged keeps what it writes at 60."""
+    good, damaged = save(tmp_path, 50), save(tmp_path, 100)
+    (damaged / "weights.bin").write_bytes(b"")
+    assert reader.newest(tmp_path) == good
+    set_aside(tmp_path, good)
+    assert (tmp_path / "damaged-step-00000100").is_dir()
+    written = save(tmp_path, 60)
+    prune(tmp_path, 1, written)
+    assert checkpoints(tmp_path) == [written]
+
+
+def test_the_end_of_a_stage_is_verified_before_it_is_used(tmp_path: Path) -> None:
+    end = save(tmp_path, 3, complete=True)
+    save(tmp_path, 4)
+    (end / "weights.bin").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"stage `main` ended, is damaged: weights\.bin"):
+        reader.stage_end(tmp_path, "main")
