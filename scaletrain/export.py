@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def export_run(folder: Path, destination: Path) -> list[Path]:
             save(module, spec, unproved)
             run.objective.save_assets(name, unproved)
             base = shelf.base(spec) if spec.adapter else None
+            if base is not None and not hasattr(base, "peft_config"):
+                written.append(_export_base(base, shelf.spec(str(spec.source)), unproved, destination / f"{name}-base"))
             _compare(name, module, build(name, spec, base, unproved))
         except BaseException:
             shutil.rmtree(unproved, ignore_errors=True)
@@ -46,6 +49,19 @@ def export_run(folder: Path, destination: Path) -> list[Path]:
         written.append(destination / name)
     shutil.copy(folder / RECIPE, destination / RECIPE)
     return written
+
+
+def _export_base(base: nn.Module, spec: NetworkSpec, adapter: Path, folder: Path) -> Path:
+    """Write the network that an adapter was trained over, averaged as it was, and have the adapter's folder name it.
+
+    The run that it came from may remove its checkpoints, and holds weights that are not averaged.
+    """
+    save(base, spec, folder)
+    path = adapter / "adapter_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(folder.resolve())}, indent=2)
+    )
+    return folder
 
 
 def _compare(name: str, trained: nn.Module, loaded: nn.Module) -> None:
