@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from scaletrain.callbacks.base import Plan
+from scaletrain.config import Stage
+from scaletrain.data.loader import Layout
 from scaletrain.engine.base import Engine
 from scaletrain.objectives.base import Data, Objective
 from scaletrain.player import Player
@@ -42,3 +45,35 @@ class Crew:
     data: Data
     engine: Engine
     players: Mapping[str, Player]
+
+
+def plan(
+    stage: Stage, stages: tuple[str, ...], crew: Crew, progress: Progress, layout: Layout, steps: int, device: str
+) -> Plan:
+    """Return what was derived for a stage, to be told before it starts."""
+    networks, players = crew.engine.plain().values(), crew.players.values()
+    trainable = [p for player in players for p in player.trainable.values()]
+    memory = {
+        "weights": sum(p.numel() * p.element_size() for network in networks for p in network.parameters()),
+        "gradients": sum(p.numel() * p.element_size() for p in trainable),
+        "optimiser": sum(player.optimizer_bytes for player in players),
+        "average": sum(4 * p.numel() for player in players if player.ema for p in player.trainable.values()),
+    }
+    return Plan(
+        stage=stage.name,
+        stages=stages,
+        first_step=progress.first_step,
+        steps=steps,
+        at=progress.step,
+        parameters=sum(p.numel() for network in networks for p in network.parameters()),
+        trainable=sum(p.numel() for p in trainable),
+        micro_batch=layout.micro_batch,
+        accumulate=layout.accumulate,
+        processes=layout.world,
+        precision=stage.recipe.train.precision,
+        device=device,
+        train_examples=len(crew.data.train),
+        eval_examples=len(crew.data.eval) if crew.data.eval else 0,
+        bytes=memory,
+        unit=crew.objective.throughput,
+    )

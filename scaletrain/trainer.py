@@ -32,9 +32,9 @@ from typing import Any
 import torch
 
 from scaletrain.assemble import build_players, recompute
-from scaletrain.callbacks.base import Observer, Plan
+from scaletrain.callbacks.base import Observer
 from scaletrain.config import Duration, EvaluateSpec, Stage
-from scaletrain.crew import Crew, Progress
+from scaletrain.crew import Crew, Progress, plan
 from scaletrain.data.dataset import First
 from scaletrain.data.loader import Failure, Layout, Micro, Windows
 from scaletrain.data.order import key_of
@@ -46,32 +46,13 @@ from scaletrain.errors import Interrupted, UserError, agreed, did_you_mean
 from scaletrain.evaluation import evaluate
 from scaletrain.objectives.base import Data, Objective, Request
 from scaletrain.player import Player, Term, Turn
+from scaletrain.position import steps_of, windows_before
 from scaletrain.signals import StopSignals
 from scaletrain.snapshot import Snapshot
 
 log = logging.getLogger("scaletrain")
 
 _MAX_UNITS = 8
-
-
-def windows_before(turns: Sequence[Turn], step: int) -> int:
-    """Return how many accumulation windows the steps before `step` took: the position in the data."""
-    return sum(turn.repeats * -(-step // turn.every) for turn in turns)
-
-
-def steps_of(duration: Duration, turns: Sequence[Turn], data: Data, global_batch: int) -> int:
-    """Turn a duration into steps of this stage. Raises UserError for tokens where they are not known."""
-    if duration.unit == "steps":
-        return math.ceil(duration.value)
-    samples = duration.value
-    if duration.unit == "epochs":
-        samples *= len(data.train)
-    elif duration.unit == "tokens":
-        if data.train.tokens_per_example is None:
-            raise UserError("train.duration: this data has no tokens; give steps, epochs or samples.")
-        samples /= data.train.tokens_per_example
-    per_step = sum(turn.repeats / turn.every for turn in turns)
-    return max(1, math.ceil(samples / (global_batch * per_step) - 1e-9))
 
 
 class Trainer:
@@ -142,7 +123,10 @@ class Trainer:
         window = windows_before(self.turns, progress.step)
         workers, pin = self.recipe.data.workers, self.world.device.type == "cuda"
         self._windows = Windows(self.crew.data.train, self.layout, order, window, workers, pin)
-        self._tell("begin", self._plan())
+        begun = plan(
+            self.stage, self.snapshot.stages, self.crew, progress, self.layout, self.steps, self.world.device.type
+        )
+        self._tell("begin", begun)
         try:
             self._loop(signals)
         except UserError as error:
@@ -402,32 +386,3 @@ class Trainer:
         if self._peak and unit == "tokens":
             tail["mfu"] = round(rate * self._flops / (self._peak * self.world.size), 4)
         return {**head, **figures, **tail}
-
-    def _plan(self) -> Plan:
-        networks = self.engine.plain().values()
-        trainable = [p for player in self.players.values() for p in player.trainable.values()]
-        size = sum(p.numel() * p.element_size() for p in trainable)
-        averaged = sum(
-            p.numel() * 4 for player in self.players.values() if player.ema for p in player.trainable.values()
-        )
-        state = sum(player.optimizer_bytes for player in self.players.values())
-        weights = sum(p.numel() * p.element_size() for m in networks for p in m.parameters())
-        data = self.crew.data
-        return Plan(
-            stage=self.stage.name,
-            stages=self.snapshot.stages,
-            first_step=self.progress.first_step,
-            steps=self.steps,
-            at=self.progress.step,
-            parameters=sum(p.numel() for m in networks for p in m.parameters()),
-            trainable=sum(p.numel() for p in trainable),
-            micro_batch=self.layout.micro_batch,
-            accumulate=self.layout.accumulate,
-            processes=self.world.size,
-            precision=self.recipe.train.precision,
-            device=self.world.device.type,
-            train_examples=len(data.train),
-            eval_examples=len(data.eval) if data.eval else 0,
-            bytes={"weights": weights, "gradients": size, "optimiser": state, "average": averaged},
-            unit=self.objective.throughput,
-        )

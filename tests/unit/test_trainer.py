@@ -14,9 +14,9 @@ from scaletrain.data.dataset import TensorDataset
 from scaletrain.errors import UserError
 from scaletrain.objectives.base import Data
 from scaletrain.player import Turn
+from scaletrain.position import steps_of, windows_before
 from scaletrain.recipe import load, load_code
 from scaletrain.runs import train
-from scaletrain.trainer import steps_of, windows_before
 
 GAN = (Turn("critic", "critic", repeats=5), Turn("generator", "generator"), Turn("r1", "critic", every=16))
 

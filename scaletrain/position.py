@@ -1,0 +1,31 @@
+"""From steps to positions in the data, and from durations to steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from scaletrain.config import Duration
+from scaletrain.errors import UserError
+from scaletrain.objectives.base import Data
+from scaletrain.player import Turn
+
+
+def windows_before(turns: Sequence[Turn], step: int) -> int:
+    """Return how many accumulation windows the steps before `step` took: the position in the data."""
+    return sum(turn.repeats * -(-step // turn.every) for turn in turns)
+
+
+def steps_of(duration: Duration, turns: Sequence[Turn], data: Data, global_batch: int) -> int:
+    """Turn a duration into steps of this stage. Raises UserError for tokens where they are not known."""
+    if duration.unit == "steps":
+        return math.ceil(duration.value)
+    samples = duration.value
+    if duration.unit == "epochs":
+        samples *= len(data.train)
+    elif duration.unit == "tokens":
+        if data.train.tokens_per_example is None:
+            raise UserError("train.duration: this data has no tokens; give steps, epochs or samples.")
+        samples /= data.train.tokens_per_example
+    per_step = sum(turn.repeats / turn.every for turn in turns)
+    return max(1, math.ceil(samples / (global_batch * per_step) - 1e-9))
