@@ -187,6 +187,7 @@ class _Run:
         trainer = self.world.agree(
             lambda: Trainer.build(stage, objective, data, networks, progress, snapshot, self.observers, self.world)
         )
+        trainer.check_metrics()
         if self.world.total([float(signals.asked)])[0]:
             raise Interrupted("stopped before a step was taken; run the same command again.")
         self.world.agree(self._open_folder)

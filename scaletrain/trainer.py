@@ -117,7 +117,6 @@ class Trainer:
 
     def fit(self, signals: StopSignals) -> None:
         """Train to the end of the stage. Raises Interrupted after saving when a signal asked to stop."""
-        self._check_metrics()
         progress = self.progress
         order = (self._data_seed, self.stage.name)
         window = windows_before(self.turns, progress.step)
@@ -275,7 +274,7 @@ class Trainer:
         if self._stop and not progress.complete:
             raise Interrupted(f"stopped at step {self.global_step:,} and saved; run the same command again to go on.")
 
-    def _check_metrics(self) -> None:
+    def check_metrics(self) -> None:
         """Raise UserError when patience, `plateau` or `checkpoint.best` would look at a metric that there is not.
 
         What there is, is known from one batch: better now than after the training.
@@ -299,17 +298,13 @@ class Trainer:
 
     def _judge(self, metrics: dict[str, float]) -> bool:
         """Take note of an evaluation. Returns whether it is the best one by `checkpoint.best`."""
-        progress, spec = self.progress, self.recipe.evaluate
-        if not metrics:
-            return False
-        best = self.recipe.checkpoint.best
-        if spec.metric not in metrics:
-            return False  # nothing looks at it: see _check_metrics
-        value = metrics[spec.metric]
-        better = progress.best is None or EvaluateSpec.better(spec.metric, value, progress.best)
-        progress.best, progress.waited = (value, 0) if better else (progress.best, progress.waited + 1)
-        for player in self.players.values():
-            player.schedule.observe(better)
+        progress, spec, best = self.progress, self.recipe.evaluate, self.recipe.checkpoint.best
+        if spec.metric in metrics:  # where something looks at it, it is: see check_metrics
+            value = metrics[spec.metric]
+            better = progress.best is None or EvaluateSpec.better(spec.metric, value, progress.best)
+            progress.best, progress.waited = (value, 0) if better else (progress.best, progress.waited + 1)
+            for player in self.players.values():
+                player.schedule.observe(better)
         if best is None:
             return False
         if progress.best_saved is None or EvaluateSpec.better(best, metrics[best], progress.best_saved):

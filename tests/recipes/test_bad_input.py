@@ -162,3 +162,18 @@ def test_a_folder_of_another_recipe_is_left_alone(data: Path, tmp_path: Path) ->
     assert "players.model.optimizer.lr" in message
     assert "--run" in message
     refused([*small("vision/cnn", data), "--run", "taken", "--fresh"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["checkpoint.best=acuracy"], ["checkpoint.best", "acuracy", "accuracy"]),
+        (["data.holdout=0", "evaluate.patience=1"], ["data.eval", "data.holdout"]),
+        (["networks.modle.config.features=8"], ["networks.modle", "model"]),
+        (["players.model.networks=[modle]"], ["players.model.networks", "modle", "model"]),
+    ],
+)
+def test_names_that_only_the_family_knows(change: list[str], words: list[str], data: Path, tmp_path: Path) -> None:
+    message = refused(small("vision/cnn", data, *change), tmp_path)
+    for word in words:
+        assert word in message
