@@ -75,9 +75,11 @@ def test_patience_stops_and_the_stage_counts_as_complete(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lr", ["3e-2", "1e-12"])  # with the second nothing changes, and the first of equals stays best
+def test_the_best_checkpoint_is_kept(lr: str, tmp_path: Path) -> None:
     change = ["checkpoint.best=accuracy", "checkpoint.keep=1", "checkpoint.every=1 steps", "evaluate.every=2 steps"]
-    folder = run(tmp_path, "train.duration=12 steps", "players.model.optimizer.lr=3e-2", *change)
+    change += [f"players.model.optimizer.lr={lr}", "networks.model.config.norm=group"]
+    folder = run(tmp_path, "train.duration=12 steps", *change)
     found = records(folder, "evaluate")
     accuracy = [r["accuracy"] for r in found]
     best = found[accuracy.index(max(accuracy))]["step"]

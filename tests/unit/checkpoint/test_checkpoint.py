@@ -107,3 +107,10 @@ def test_the_end_of_a_stage_is_verified_before_it_is_used(tmp_path: Path) -> Non
     (end / "weights.bin").write_bytes(b"short")
     with pytest.raises(UserError, match=r"stage `main` ended, is damaged: weights\.bin"):
         reader.stage_end(tmp_path, "main")
+
+
+def test_what_was_just_written_is_never_removed(tmp_path: Path) -> None:
+    written = save(tmp_path, 60)
+    save(tmp_path, 100)
+    prune(tmp_path, 1, written)
+    assert written in checkpoints(tmp_path)
