@@ -11,7 +11,16 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
 
 
 class Strict(BaseModel):
@@ -214,22 +223,51 @@ def _sources(value: object) -> object:
     return [_source(v) for v in value] if isinstance(value, list) else [_source(value)] if value is not None else None
 
 
+def _weight(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    if 0 not in value:
+        raise ValueError("a weight by step begins with step 0, such as {0: 1, 2000: 0.5}")
+    return value
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0)] | dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]],
+    BeforeValidator(_weight),
+]
+
+
 class SourceSpec(Strict):
     """Where rows come from. A plain string stands for its `path`."""
 
     path: str
     """A file, a glob, a folder, any fsspec URL, a Hub id, or `sklearn:digits`."""
-    type: Literal["parquet", "jsonl", "csv", "text", "images", "arrow", "hub", "sklearn"] | None = None
+    type: Literal[
+        "parquet", "jsonl", "csv", "text", "images", "arrow", "hub", "sklearn", "webdataset", "mds"
+    ] | None = None  # fmt: skip
     """Inferred from the path when it is left out."""
+    stream: bool = False
+    """Read rows when they are wanted and keep none: for parquet, jsonl and hub; webdataset and mds always do."""
+    cache_gb: float = Field(50.0, gt=0)
+    """stream: disk space for local copies of remote and compressed shards; it should hold those in use at a time."""
     columns: dict[str, str] = {}
     """Role to column, such as {text: sentence, label: gold}; by default a role's column has its name."""
     rows: int | None = Field(None, ge=1)
     """Take the first so many."""
     split: str | None = None
     """Of a Hub data set or a `DatasetDict`."""
+    weight: Weight | None = None
+    """Its part of the examples, against the other sources' weights; or by step, such as {0: 1, 2000: 0.5}: each holds
+    from its step on. All sources of a list have one, or none: then their rows are put one after the other."""
 
 
-Sources = Annotated[list[SourceSpec], BeforeValidator(_sources)]
+def _sources_weighted(value: list[SourceSpec]) -> list[SourceSpec]:
+    if len({source.weight is None for source in value}) > 1:
+        raise ValueError("give every source of the list a `weight`, or none")
+    return value
+
+
+Sources = Annotated[list[SourceSpec], BeforeValidator(_sources), AfterValidator(_sources_weighted)]
 
 
 class DataSpec(Strict):
@@ -241,10 +279,31 @@ class DataSpec(Strict):
     """Share of the training rows that are set aside for evaluation when `eval` is not given."""
     seq_len: int | None = Field(None, ge=2)
     packing: bool = False
+    weigh_by: Literal["samples", "tokens"] = "samples"
+    """What the weights of sources are parts of; `tokens` needs data that have them."""
+    shuffle: int = Field(65_536, ge=1)
+    """Rows that are mixed with one another where they are streamed, in all lanes together."""
     workers: int | None = Field(None, ge=0)
     """Processes that prepare batches; by default none for data in memory, up to 4 where files are decoded."""
     seed: int | None = None
     """Of the order; by default the recipe's seed."""
+
+
+class GuardSpec(Strict):
+    """What is done about an update that is not finite, or that stands out (a spike).
+
+    stop: save nothing, name the samples and end. skip: leave this update out. rollback: go back to the last checkpoint
+    and pass over the data that led to it.
+    """
+
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    spike: Literal["off", "stop", "skip", "rollback"] = "off"
+    deviations: float = Field(6.0, gt=0)
+    """So many standard deviations above the median of the loss, or of the gradient norm's logarithm, are a spike."""
+    window: int = Field(128, ge=20)
+    """Updates before it that an update is compared with."""
+    rollbacks: int = Field(10, ge=1)
+    """Windows of data that may be passed over before the run stops."""
 
 
 class TrainSpec(Strict):
@@ -257,6 +316,9 @@ class TrainSpec(Strict):
     """Samples per forward pass of one process; by default the global batch divided by the processes."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
+    guard: GuardSpec = GuardSpec()
+    watchdog: float | None = Field(30.0, gt=0)
+    """Minutes without a step (or part of an evaluation, or a save) after which a run is ended as hanging."""
     recompute: bool = False
     """Activation checkpointing: recompute each block's activations in the backward pass."""
 
@@ -266,10 +328,19 @@ class CheckpointSpec(Strict):
 
     every: Interval | None = None
     """By default ten times in a run. The end of a stage and a signal always save."""
+    minutes: float | None = Field(None, gt=0)
+    """Save when so many minutes have passed since the last save, too."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep; the last of a stage is always kept."""
+    keep_every: Interval | None = None
+    """Save at these steps too, and keep what is saved there."""
     best: str | None = None
     """Keep the best by this evaluation metric too, such as `loss` or `accuracy`."""
+    asynchronous: bool = True
+    """Write in the background, from a copy in host memory as large as what is written; one save at a time."""
+    remote: str | None = None
+    """A folder at any fsspec URL, such as `s3://bucket/runs`, that each checkpoint is copied to, under the run's name.
+    A run without a checkpoint of its own goes on from the newest one there."""
 
 
 LOWER_IS_BETTER = frozenset(

@@ -34,7 +34,7 @@ def cached(kind: str, key: str, write: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             if not folder.is_dir():
                 _fill(folder, write)
     except OSError as error:
@@ -43,7 +43,8 @@ def cached(kind: str, key: str, write: Callable[[Path], None]) -> Path:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes, and between threads, where the file system has locks."""
     from filelock import FileLock
 
     with contextlib.ExitStack() as held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,18 +13,31 @@ from typing import Any
 import numpy as np
 
 from scaletrain.config import SourceSpec
+from scaletrain.data.shard_readers import (
+    FileShards,
+    IterableShards,
+    JsonLinesShards,
+    MdsShards,
+    ParquetShards,
+    TarShards,
+)
+from scaletrain.data.shards import ShardTable
+from scaletrain.data.store import COMPRESSED, attempt
 from scaletrain.data.tables import ArrayTable, ArrowTable, DocumentTable, File, JsonLinesTable, ParquetTable, Table
 from scaletrain.errors import UserError, did_you_mean
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "parquet": (".parquet", ".pq"),
-    "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"),
+    "jsonl": tuple(name + end for name in (".jsonl", ".ndjson") for end in ("", ".gz", ".zst")),
     "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
     "text": (".txt", ".txt.gz"),
     "images": IMAGES,
     "arrow": (".arrow",),
+    "webdataset": (".tar",),
 }
+STREAMING = ("parquet", "jsonl", "hub", "webdataset", "mds")
+MDS_INDEX = "index.json"
 SKLEARN = ("breast_cancer", "digits", "iris", "wine")
 SAVED = ("dataset_dict.json", "state.json")
 """A folder that has one of these was written by `save_to_disk` of the `datasets` library."""
@@ -35,6 +49,10 @@ def open_tables(spec: SourceSpec) -> list[Table]:
     kind = spec.type or _infer(spec.path)
     if spec.split and kind not in ("arrow", "hub"):
         raise UserError(f"`{spec.path}` is of type {kind}, which has no splits: leave `split` out")
+    if spec.stream and kind not in STREAMING:
+        raise UserError(
+            f"`{spec.path}` is of type {kind}, which does not stream; those that do: {', '.join(STREAMING)}"
+        )
     return _OPEN[kind](spec)
 
 
@@ -43,8 +61,12 @@ def _infer(path: str) -> str:
     if path.startswith("sklearn:"):
         return "sklearn"
     fs, root = _file_system(path)
-    if fs.isdir(root) and any(fs.exists(f"{root}/{name}") for name in SAVED):
-        return "arrow"
+    if _what(fs, root, path) == "directory":
+        inside = {os.path.basename(p) for p in _tree(fs, root, path, depth=1)}
+        if not inside.isdisjoint(SAVED):
+            return "arrow"
+        if MDS_INDEX in inside:
+            return "mds"
     # `data/trian` beside a folder `data` is a slip of the pen and no Hub id.
     if _HUB_ID.fullmatch(path) and not _suffix_types([path]) and not fs.exists(os.path.dirname(root)):
         return "hub"
@@ -72,37 +94,116 @@ def _file_system(path: str) -> tuple[Any, str]:
     return fs, root
 
 
+def _what(fs: Any, root: str, path: str) -> str:
+    """Return `file`, `directory`, or '' where there is nothing. (`fs.isfile` takes a fault for a no.)"""
+
+    def ask() -> str:
+        try:
+            return str(fs.info(root)["type"])
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+
+    return attempt(path, ask, retry="file" not in fs.protocol)
+
+
+def _tree(fs: Any, root: str, path: str, depth: int | None = None, hidden: bool = False) -> list[str]:
+    """Return the files below a folder, down to `depth`. (`fs.find` and `fs.glob` leave out what they fail to list.)
+
+    hidden: names that start with `.` or `_` too.
+    """
+    found = []
+    for entry in attempt(path, lambda: fs.ls(root, detail=True), retry="file" not in fs.protocol):
+        name = entry["name"].rstrip("/")
+        if name == root.rstrip("/") or (not hidden and os.path.basename(name).startswith((".", "_"))):
+            continue
+        if entry["type"] != "directory":
+            found.append(name)
+        elif depth is None or depth > 1:
+            found += _tree(fs, name, path, None if depth is None else depth - 1, hidden)
+    return found
+
+
+def _matches(fs: Any, pattern: str, path: str) -> list[str]:
+    """Return the files that match a glob."""
+    from fsspec.utils import glob_translate
+
+    parts = pattern.split("/")
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    root = "/".join(parts[:fixed]) or "/"
+    if not _what(fs, root, path):
+        return []
+    try:
+        matching = re.compile(glob_translate(pattern))
+    except ValueError as error:
+        raise UserError(f"`{path}`: {error}") from error
+    names = _tree(fs, root, path, None if "**" in pattern else len(parts) - fixed, hidden=True)
+    return [name for name in names if matching.match(name)]
+
+
 def _files(path: str, kind: str | None = None) -> list[File]:
     """Return the files of a path, a glob or a folder (those of one type, if given), sorted by name.
 
-    In folders, names that start with `.` or `_` are passed over. Raises UserError when there is none.
+    Names in folders that start with `.` or `_` are passed over. Raises UserError when there is none.
     """
     fs, root = _file_system(path)
     tried = "" if "://" in path or os.path.isabs(path) else f" (tried {root})"
-    try:
-        if fs.isfile(root):
-            return [File(fs, root)]
-        if fs.isdir(root):
-            inside = (p for p in fs.find(root) if not re.search(r"/[._]", p[len(root) :]))
-            names = [p for p in inside if kind is None or p.lower().endswith(SUFFIXES[kind])]
-            missing = f"`{path}` has no files" + (f" of type {kind} ({', '.join(SUFFIXES[kind])})" if kind else "")
-        elif glob.has_magic(root):
-            names, missing = [p for p in fs.glob(root) if fs.isfile(p)], f"no file matches `{path}`{tried}"
-        else:
-            names, missing = [], f"`{path}` is not there{tried}"
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be read: {error}") from error
+    what = _what(fs, root, path)
+    if what == "file":
+        names, missing = [root], ""
+    elif what == "directory":
+        names = [p for p in _tree(fs, root, path) if kind is None or p.lower().endswith(SUFFIXES[kind])]
+        missing = f"`{path}` has no files" + (f" of type {kind} ({', '.join(SUFFIXES[kind])})" if kind else "")
+    elif glob.has_magic(root):
+        names, missing = _matches(fs, root, path), f"no file matches `{path}`{tried}"
+    else:
+        names, missing = [], f"`{path}` is not there{tried}"
     if not names:
         raise UserError(missing)
     return [File(fs, name) for name in sorted(names)]
 
 
+def _shards(spec: SourceSpec, kind: str, shards: type[FileShards]) -> list[Table]:
+    """Return one table of all files of a source, of which none is read whole."""
+    return [ShardTable(spec.path, shards(_files(spec.path, kind), int(spec.cache_gb * 1e9)))]
+
+
 def _parquet(spec: SourceSpec) -> list[Table]:
+    if spec.stream:
+        return _shards(spec, "parquet", ParquetShards)
     return [ParquetTable(f) for f in _files(spec.path, "parquet")]
 
 
 def _jsonl(spec: SourceSpec) -> list[Table]:
+    if spec.stream:
+        return _shards(spec, "jsonl", JsonLinesShards)
     return [JsonLinesTable(f) for f in _files(spec.path, "jsonl")]
+
+
+def _webdataset(spec: SourceSpec) -> list[Table]:
+    return _shards(spec, "webdataset", TarShards)
+
+
+def _mds(spec: SourceSpec) -> list[Table]:
+    """Open the shards that the index of an MDS folder lists. Raises UserError when it is none, or cannot be read."""
+    fs, root = _file_system(spec.path)
+    listing = File(fs, f"{root.rstrip('/')}/{MDS_INDEX}")
+    files, entries = [], []
+    try:
+        content = json.loads(listing.content())
+        for entry in content["shards"]:
+            if (entry["format"], entry["version"]) != ("mds", 2):
+                raise UserError(f"`{listing.label}` lists shards of {entry['format']} {entry['version']}, not of mds 2")
+            plain = File(fs, f"{root}/{entry['raw_data']['basename']}")
+            packed = File(fs, f"{root}/{entry['zip_data']['basename']}") if entry["zip_data"] else plain
+            if packed is not plain and plain.local and os.path.exists(plain.path):
+                packed = plain
+            if packed is not plain and not packed.path.endswith(COMPRESSED):
+                raise UserError(f"`{packed.label}` is compressed by {entry['compression']}: only zstd and gz are read")
+            files.append(packed)
+            entries.append(entry)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"`{listing.label}` is no index of MDS shards: {type(error).__name__} {error}") from error
+    return [ShardTable(spec.path, MdsShards(files, int(spec.cache_gb * 1e9), entries))]
 
 
 def _csv(spec: SourceSpec) -> list[Table]:
@@ -164,7 +265,41 @@ def _hub(spec: SourceSpec) -> list[Table]:
     import datasets
 
     name, _, config = spec.path.partition(":")
+    if spec.stream:
+        return _hub_stream(spec, _loaded(spec, lambda: datasets.load_dataset_builder(name, config or None)))
     return _dataset(spec, lambda: datasets.load_dataset(name, config or None))
+
+
+def _hub_stream(spec: SourceSpec, builder: Any) -> list[Table]:
+    """Stream a Hub data set: its Parquet files by themselves, where it has them, else what the library iterates."""
+    if builder.config.data_files:
+        paths = builder.config.data_files[_split(spec, list(builder.config.data_files))]
+        if all(path.endswith(SUFFIXES["parquet"]) for path in paths):
+            files = [File(*_file_system(path)) for path in paths]
+            return [ShardTable(spec.path, ParquetShards(files, int(spec.cache_gb * 1e9)))]
+    found = _loaded(spec, builder.as_streaming_dataset)
+    split = _split(spec, list(found))
+    identity = f"{builder.hash} {builder.config_id} {split}"
+    return [ShardTable(spec.path, IterableShards(spec.path, found[split], identity))]
+
+
+def _loaded(spec: SourceSpec, load: Callable[[], Any]) -> Any:
+    """Load something by the `datasets` library. Raises UserError with the library's reason."""
+    try:
+        return load()
+    except Exception as error:  # the library lets through what its many back ends raise
+        reason = (str(error).splitlines() or [""])[0]
+        here = f"is no file or folder (tried {os.path.abspath(spec.path)}) and " if _HUB_ID.fullmatch(spec.path) else ""
+        raise UserError(f"`{spec.path}` {here}could not be loaded: {type(error).__name__}: {reason}") from error
+
+
+def _split(spec: SourceSpec, names: Sequence[str]) -> str:
+    """Return the split that is meant. Raises UserError that lists them."""
+    split = spec.split or (names[0] if len(names) == 1 else "")
+    if split not in names:
+        wrong = f"no split `{split}`.{did_you_mean(split, names)}" if split else "several splits"
+        raise UserError(f"`{spec.path}` has {wrong} Choose one by `split`: {', '.join(names)}")
+    return split
 
 
 def _dataset(spec: SourceSpec, load: Callable[[], Any]) -> list[Table]:
@@ -172,18 +307,9 @@ def _dataset(spec: SourceSpec, load: Callable[[], Any]) -> list[Table]:
     import datasets
     import fsspec
 
-    try:
-        found = load()
-    except Exception as error:  # the library lets through what its many back ends raise
-        reason = (str(error).splitlines() or [""])[0]
-        here = f"is no file or folder (tried {os.path.abspath(spec.path)}) and " if _HUB_ID.fullmatch(spec.path) else ""
-        raise UserError(f"`{spec.path}` {here}could not be loaded: {type(error).__name__}: {reason}") from error
+    found = _loaded(spec, load)
     if isinstance(found, datasets.DatasetDict):
-        split = spec.split or (next(iter(found)) if len(found) == 1 else "")
-        if split not in found:
-            wrong = f"no split `{split}`.{did_you_mean(split, found)}" if split else "several splits"
-            raise UserError(f"`{spec.path}` has {wrong} Choose one by `split`: {', '.join(found)}")
-        found = found[split]
+        found = found[_split(spec, list(found))]
     elif spec.split:
         raise UserError(f"`{spec.path}` is one data set without splits: leave `split` out")
     local = fsspec.filesystem("file")
@@ -216,4 +342,6 @@ _OPEN: dict[str, Callable[[SourceSpec], list[Table]]] = {
     "arrow": _arrow,
     "hub": _hub,
     "sklearn": _sklearn,
+    "webdataset": _webdataset,
+    "mds": _mds,
 }

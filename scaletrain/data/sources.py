@@ -16,10 +16,13 @@ from typing import Any, final
 import numpy as np
 
 from scaletrain.config import SourceSpec
-from scaletrain.data.order import key_of, permutation
+from scaletrain.data.order import Lanes, LocalOrder, Order, Ordering, key_of, permutation
 from scaletrain.data.readers import open_tables
-from scaletrain.data.tables import Table
+from scaletrain.data.tables import Head, Ints, StreamColumn, Table, gather
 from scaletrain.errors import UserError, did_you_mean
+
+_RUNS = 8
+"""Of a sample of rows."""
 
 
 @final
@@ -94,7 +97,7 @@ class Rows:
         names = self._names(table)
         hint = did_you_mean(role, names)
         raise UserError(
-            f"`{self._tables[table].label}` has no column `{role}` ({why}); it has "
+            f"{self._tables[table].lacking(role)} has no column `{role}` ({why}); it has "
             f"{', '.join(f'`{c}`' for c in names)}.{hint if hint.startswith(' Did') else ''} "
             f"Say which one it is by `columns: {{{role}: COLUMN}}` of the source."
         )
@@ -102,6 +105,8 @@ class Rows:
     def column(self, name: str) -> Sequence[Any]:
         """Return a whole column, (N,), read when asked for. Raises UserError when there is no such column."""
         self.require(name, "asked for by name")
+        if self.streaming:
+            return StreamColumn(self, name)
         parts = [t.column(r.get(name, name)) for t, r in zip(self._tables, self._roles, strict=True)]
         return parts[0] if len(parts) == 1 and self._indices is None else Column(parts, self._indices)
 
@@ -111,7 +116,63 @@ class Rows:
 
     def row(self, index: int) -> dict[str, Any]:
         """Return one row as column name to value; None where a row lacks a value."""
+        if self.streaming:
+            return {name: values[0] for name, values in self.take(self.columns, np.array([index])).items()}
         return {name: column[index] for name, column in self._columns.items()}
+
+    @property
+    def streaming(self) -> bool:
+        """Whether some of the rows are read from storage each time that they are asked for."""
+        return any(table.streaming for table in self._tables)
+
+    @cached_property
+    def chunks(self) -> Ints:
+        """(C,) rows of each chunk in succession: what is read at once. Data in memory are one chunk."""
+        if not self.streaming:
+            return np.array([len(self)])
+        sizes = np.concatenate([table.chunks for table in self._tables])
+        if self._indices is None:
+            return sizes
+        chunk = np.searchsorted(sizes.cumsum(), self._indices, "right")
+        return np.diff(np.flatnonzero(np.diff(chunk, prepend=-1, append=-1)))
+
+    def _chosen(self, rows: Ints) -> Ints:
+        """Return the numbers that rows have among those of all tables."""
+        return rows if self._indices is None else self._indices[rows]
+
+    def take(self, names: Sequence[str], rows: Ints) -> dict[str, list[Any]]:
+        """Return the values of these rows, in this order, as `column` gives them. Raises UserError, IndexError."""
+        for name in names:
+            self.require(name, "asked for by name")
+
+        def fetch(table: int, inside: Ints) -> dict[str, list[Any]]:
+            roles = self._roles[table]
+            values = self._tables[table].take([roles.get(name, name) for name in names], inside)
+            return {name: values[roles.get(name, name)] for name in names}
+
+        return gather(np.array(self._starts), self._chosen(rows), fetch)
+
+    def prefetch(self, rows: Ints) -> None:
+        """Take the hint that these rows will be wanted, in this order. Returns at once."""
+        if self.streaming:
+            chosen = self._chosen(rows)
+            part = np.searchsorted(self._starts, chosen, "right") - 1
+            for table in dict.fromkeys(part.tolist()):
+                self._tables[table].prefetch(chosen[part == table] - self._starts[table])
+
+    def sample(self, count: int) -> Rows:
+        """Return about `count` rows that stand for all: a few runs, evenly spread, so that few chunks are read."""
+        if len(self) <= count:
+            return self
+        run = -(-count // _RUNS)
+        starts = np.arange(_RUNS) * (len(self) - run) // (_RUNS - 1)
+        return self.select(np.unique((starts[:, None] + np.arange(run)).ravel()))
+
+    def order(self, lanes: Lanes, shuffle: int, *seed: object) -> Ordering:
+        """Return the order in which the rows are trained on: of its own where they stream, and are many."""
+        if self.streaming and len(self) > max(shuffle, lanes.count):
+            return LocalOrder(self.chunks, lanes, shuffle, *seed)
+        return Order(len(self), *seed)
 
     def _locate(self, index: int) -> tuple[Table, int]:
         i = range(len(self))[index]
@@ -127,7 +188,8 @@ class Rows:
 
     def folder(self, index: int) -> str:
         """Return the folder that relative paths in a row start from: that of its file; '' is the working directory."""
-        return self._locate(index)[0].folder
+        table, i = self._locate(index)
+        return table.folder_of(i)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Rows:
         """Return the rows with these numbers, in this order."""
@@ -155,7 +217,7 @@ def open_rows(specs: Sequence[SourceSpec]) -> Rows:
     """
     tables: list[Table] = []
     roles: list[dict[str, str]] = []
-    chosen: list[np.ndarray] = []
+    chosen: list[range] = []
     start = 0
     for spec in specs:
         found = [t for t in open_tables(spec) if len(t)]
@@ -164,18 +226,37 @@ def open_rows(specs: Sequence[SourceSpec]) -> Rows:
             raise UserError(f"`{spec.path}` has no rows")
         if spec.rows is not None and spec.rows > total:
             raise UserError(f"`{spec.path}` has {total:,} rows, fewer than `rows: {spec.rows}` asks for")
+        if spec.rows is not None and any(table.streaming for table in found):  # no list of numbers: that would grow
+            found = [Head(found[0], spec.rows)]  # a source that streams is one table
+            total = spec.rows
         for table in found:
             for role, column in spec.columns.items():
                 if column not in table.columns:
                     raise UserError(
-                        f"`{table.label}` has no column `{column}`, which `columns` gives for `{role}`."
+                        f"{table.lacking(column)} has no column `{column}`, which `columns` gives for `{role}`."
                         f"{did_you_mean(column, table.columns)}"
                     )
         tables += found
         roles += [spec.columns] * len(found)
-        chosen.append(start + np.arange(total if spec.rows is None else spec.rows))
+        chosen.append(range(start, start + (total if spec.rows is None else spec.rows)))
         start += total
     rows = Rows(tables, roles, None if sum(map(len, chosen)) == start else np.concatenate(chosen))
+    for role in dict.fromkeys(chain.from_iterable(roles)):
+        rows.require(role, "another source of the same list has it")
+    return rows
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Put rows one after the other. Raises UserError that names a source without a role that another one has."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = [0, *accumulate(sum(map(len, part._tables)) for part in parts)]
+    chosen = None
+    if any(part._indices is not None for part in parts):
+        numbers = (np.arange(sum(map(len, p._tables))) if p._indices is None else p._indices for p in parts)
+        chosen = np.concatenate([start + own for start, own in zip(starts, numbers, strict=False)])
+    roles = [r for part in parts for r in part._roles]
+    rows = Rows([t for part in parts for t in part._tables], roles, chosen)
     for role in dict.fromkeys(chain.from_iterable(roles)):
         rows.require(role, "another source of the same list has it")
     return rows
@@ -186,6 +267,8 @@ def split_holdout(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
 
     Raises UserError when one of the parts would be empty.
     """
+    if rows.streaming:
+        raise UserError("`data.holdout` is for data in memory: of a source that streams, give `data.eval` instead")
     held = round(share * len(rows))
     if not 0 < held < len(rows):
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -12,11 +11,16 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, NamedTuple, final
+from operator import itemgetter
+from typing import Any, ClassVar, NamedTuple, Protocol, final
 
 import numpy as np
+import numpy.typing as npt
 
+from scaletrain.data.store import COMPRESSED, attempt, decompressed
 from scaletrain.errors import UserError
+
+Ints = npt.NDArray[np.int64]
 
 
 class File(NamedTuple):
@@ -44,12 +48,11 @@ class File(NamedTuple):
         return self.label.rpartition("/")[0]
 
     def content(self) -> bytes:
-        """Read it whole, decompressed when its name ends in .gz. Raises UserError that names it."""
-        try:
-            content: bytes = self.fs.cat_file(self.path)
-            return gzip.decompress(content) if self.path.endswith(".gz") else content
-        except (OSError, EOFError) as error:
-            raise UserError(f"`{self.label}` cannot be read: {error}") from error
+        """Read it whole, decompressed when its name ends in .gz or .zst. Raises UserError that names it."""
+        content: bytes = attempt(self.label, lambda: self.fs.cat_file(self.path), self.local)
+        if not self.path.lower().endswith(COMPRESSED):
+            return content
+        return attempt(self.label, lambda: decompressed(io.BytesIO(content), self.path).read(), retry=False)
 
     def digest(self) -> str:
         """Hash its bytes; of a remote file, take the store's own version token (its ETag, or date and size)."""
@@ -74,6 +77,8 @@ class Table(ABC):
     label: what messages call it. columns: in order. folder: what relative paths in its values start from.
     """
 
+    streaming: ClassVar[bool] = False
+    """Whether rows are read from storage each time that they are asked for, and cost much when they are far apart."""
     label: str
     columns: tuple[str, ...]
     folder: str = ""
@@ -91,9 +96,142 @@ class Table(ABC):
     def digest(self) -> str:
         """Hash of the content, not of paths and dates."""
 
+    @property
+    def chunks(self) -> Ints:
+        """(C,) rows of each chunk in succession: what is read at once."""
+        return np.array([len(self)])
+
+    def take(self, names: Sequence[str], rows: Ints) -> dict[str, list[Any]]:
+        """Return the values of these rows, in this order, as `column` gives them."""
+        numbers = rows.tolist()
+        columns = {name: self.column(name) for name in names}
+        return {name: [column[i] for i in numbers] for name, column in columns.items()}
+
+    def prefetch(self, rows: Ints) -> None:
+        """Take the hint that these rows will be wanted, in this order. Returns at once."""
+        return
+
     def name(self, index: int) -> str:
         """Say where a row stands."""
         return f"{self.label} row {index}"
+
+    def folder_of(self, index: int) -> str:
+        """Return what relative paths in a row start from."""
+        return self.folder
+
+    def lacking(self, name: str) -> str:
+        """Say what has no such column."""
+        return f"`{self.label}`"
+
+
+def gather(starts: Ints, rows: Ints, fetch: Callable[[int, Ints], dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Fetch rows part by part, and put the values in the order of `rows`.
+
+    starts: (P + 1,) where each part begins. fetch: from a part and numbers in it to values. Raises IndexError.
+    """
+    if not len(rows):
+        return fetch(0, rows)
+    if rows.min() < 0 or rows.max() >= starts[-1]:
+        raise IndexError(f"row numbers {rows.min()} to {rows.max()} of {starts[-1]} rows")
+    part = np.searchsorted(starts, rows, "right") - 1
+    if part[0] == part[-1] and not (part != part[0]).any():
+        return fetch(int(part[0]), rows - starts[part[0]])
+    order = np.argsort(part, kind="stable")
+    cuts = np.flatnonzero(np.diff(part[order])) + 1
+    out: dict[str, list[Any]] = {}
+    for some in np.split(order, cuts):
+        number = int(part[some[0]])
+        for name, values in fetch(number, rows[some] - starts[number]).items():
+            out.setdefault(name, []).extend(values)
+    back = itemgetter(*np.argsort(order).tolist())
+    return {name: list(back(values)) for name, values in out.items()}
+
+
+class _Taken(Protocol):
+    """What gives values by `take`."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def chunks(self) -> Ints: ...
+
+    def take(self, names: Sequence[str], rows: Ints) -> dict[str, list[Any]]: ...
+
+    def prefetch(self, rows: Ints) -> None: ...
+
+
+@final
+class StreamColumn(Sequence[Any]):
+    """One column of what streams. Passes over it and slices read by chunks; one value costs as much as a few rows."""
+
+    def __init__(self, owner: _Taken, name: str):
+        self._owner, self._name = owner, name
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def __getitem__(self, index: Any) -> Any:
+        chosen = range(len(self))[index]
+        if isinstance(chosen, range):
+            return self._owner.take([self._name], np.arange(chosen.start, chosen.stop, chosen.step))[self._name]
+        return self._owner.take([self._name], np.array([chosen]))[self._name][0]
+
+    def __iter__(self) -> Iterator[Any]:
+        starts = np.concatenate([[0], self._owner.chunks.cumsum()])
+        for i, (first, last) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+            self._owner.prefetch(starts[i + 1 : min(i + 5, len(starts) - 1)])
+            for start in range(first, last, 4096):
+                yield from self[start : min(start + 4096, last)]
+
+
+@final
+class Head(Table):
+    """The first rows of a table that streams."""
+
+    streaming: ClassVar[bool] = True
+
+    def __init__(self, table: Table, count: int):
+        self.label, self.columns, self.folder = table.label, table.columns, table.folder
+        self._table, self._count = table, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Return a view of the column."""
+        return StreamColumn(self, name)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the whole table and the number of rows."""
+        return f"{self._table.digest} {self._count}"
+
+    @property
+    def chunks(self) -> Ints:
+        """The other's, cut off."""
+        ends = np.minimum(self._table.chunks.cumsum(), self._count)
+        sizes = np.diff(ends, prepend=0)
+        return sizes[sizes > 0]
+
+    def take(self, names: Sequence[str], rows: Ints) -> dict[str, list[Any]]:
+        """Return values of the other."""
+        return self._table.take(names, rows)
+
+    def prefetch(self, rows: Ints) -> None:
+        """Pass the hint on."""
+        self._table.prefetch(rows)
+
+    def name(self, index: int) -> str:
+        """Say what the other says."""
+        return self._table.name(index)
+
+    def folder_of(self, index: int) -> str:
+        """Return the other's folder."""
+        return self._table.folder_of(index)
+
+    def lacking(self, name: str) -> str:
+        """Say what the other says."""
+        return self._table.lacking(name)
 
 
 @final
@@ -233,7 +371,7 @@ class JsonLinesTable(Table):
     def __init__(self, file: File):
         self.label, self.folder, self._file = file.label, file.folder, file
         self._numbers, self._starts, self._ends = array("q"), array("q"), array("q")
-        mapped = file.local and not file.path.endswith(".gz") and os.path.getsize(file.path) > 0
+        mapped = file.local and not file.path.lower().endswith(COMPRESSED) and os.path.getsize(file.path) > 0
         content = b"" if mapped else file.content()
         self._content: np.ndarray = np.memmap(file.path, np.uint8, "r") if mapped else np.frombuffer(content, np.uint8)
         columns: dict[str, None] = {}
@@ -242,28 +380,19 @@ class JsonLinesTable(Table):
             for number, line in enumerate(stream, 1):
                 start, end = end, end + len(line)
                 if line.strip():
-                    columns.update(dict.fromkeys(self._parse(line, number)))
+                    columns.update(dict.fromkeys(parse_line(line, self.label, number)))
                     self._numbers.append(number)
                     self._starts.append(start)
                     self._ends.append(end)
         self.columns = tuple(columns)
-
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self.label} line {number} is not JSON: {error}") from error
-        if not isinstance(value, dict):
-            shown = line.decode().strip()[:60]
-            raise UserError(f"{self.label} line {number} is not a JSON object in braces: {shown}")
-        return value
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def parse(self, index: int) -> dict[str, Any]:
         """Return one row as it is in the file."""
-        return self._parse(self._content[self._starts[index] : self._ends[index]].tobytes(), self._numbers[index])
+        line = self._content[self._starts[index] : self._ends[index]].tobytes()
+        return parse_line(line, self.label, self._numbers[index])
 
     def column(self, name: str) -> Sequence[Any]:
         """Return the values of one key."""
@@ -293,6 +422,17 @@ class JsonColumn(Sequence[Any]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         return self._table.parse(range(len(self))[index]).get(self._key)
+
+
+def parse_line(line: bytes, label: str, number: int) -> dict[str, Any]:
+    """Return the object in a line of JSON Lines. Raises UserError that names the file and the line."""
+    try:
+        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except ValueError as error:
+        raise UserError(f"{label} line {number} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{label} line {number} is not a JSON object in braces: {line.decode().strip()[:60]}")
+    return value
 
 
 def _distinct(label: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -89,6 +89,22 @@ def test_image_folders_with_and_without_classes(tmp_path: Path) -> None:
     assert "loose.png" in fault(tmp_path)
 
 
+def test_globs_and_folders(tmp_path: Path) -> None:
+    for name in ("_a.jsonl", "b.jsonl", "deep/c.jsonl", "deep/er/d.jsonl", ".e.jsonl", "f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / name, [{"n": name}])
+
+    def found(pattern: str) -> list[str]:
+        return list(rows_of(f"{tmp_path}/{pattern}", type="jsonl").column("n"))
+
+    assert found("") == ["b.jsonl", "deep/c.jsonl", "deep/er/d.jsonl"]
+    assert found("_*.jsonl") == ["_a.jsonl"]
+    assert found("[ab].jsonl") == ["b.jsonl"]
+    assert found("*/*.jsonl") == ["deep/c.jsonl"]
+    assert found("deep/**/*.jsonl") == ["deep/c.jsonl", "deep/er/d.jsonl"]
+    assert "can only be an entire path component" in fault(tmp_path / "a**.jsonl")
+
+
 def test_saved_datasets_with_splits(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     whole = datasets.Dataset.from_list(RECORDS)
