@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import torch
 from torch import nn
 
 from scaletrain.config import NetworkSpec, PlayerSpec, Recipe
+from scaletrain.data.dataset import Dataset
+from scaletrain.data.mixture import Mixture, Shares
 from scaletrain.data.order import key_of
-from scaletrain.data.sources import Rows, open_rows, split_holdout
+from scaletrain.data.sources import Rows, joined, open_rows, split_holdout
+from scaletrain.data.stream import WINDOW, Source, Stream
 from scaletrain.engine.precision import build_scaler
 from scaletrain.engine.statistics import statistics
 from scaletrain.errors import UserError, did_you_mean
@@ -22,19 +27,54 @@ from scaletrain.optim.ema import EMA
 from scaletrain.optim.optimizers import build_optimizer, state_bytes
 from scaletrain.optim.schedules import build_schedule
 from scaletrain.player import Player, Turn
+from scaletrain.position import windows_before
 from scaletrain.shelf import Shelf
 
 
 def prepare(objective: Objective[Any], recipe: Recipe) -> Data:
-    """Open the data and let the objective make examples of it."""
-    train = open_rows(recipe.data.train)
-    held: Rows | None = None
-    if recipe.data.eval is not None:
-        held = open_rows(recipe.data.eval)
-    elif recipe.data.holdout:
-        seed = recipe.seed if recipe.data.seed is None else recipe.data.seed
-        train, held = split_holdout(train, recipe.data.holdout, seed)
-    return objective.prepare(train, held)
+    """Open the data and let the objective make examples of them. Raises UserError."""
+    spec = recipe.data
+    parts = [open_rows([source]) for source in spec.train]
+    held: list[Rows] = []
+    if spec.eval is not None:
+        held = [open_rows(spec.eval)]
+    elif spec.holdout:
+        seed = recipe.seed if spec.seed is None else spec.seed
+        parts, held = map(list, zip(*(split_holdout(rows, spec.holdout, seed) for rows in parts), strict=True))
+    train = joined(parts)
+    if spec.train[0].weight is None:
+        parts = [train]
+    return examples_of(objective, parts, joined(held) if held else None)
+
+
+def examples_of(objective: Objective[Any], parts: Sequence[Rows], held: Rows | None) -> Data:
+    """Make examples of the training rows: of one source, or of several that are mixed. Raises UserError."""
+    spec = objective.recipe.data
+    train = joined(parts)
+    objective.prepare(train, held)
+    streamed = objective.windowed and train.streaming
+    sets = [objective.examples(rows.sample(WINDOW) if streamed else rows, True) for rows in parts]
+    shares = _shares(objective, sets) if spec.train[0].weight is not None else None
+    labels = [source.path for source in spec.train] if shares else [", ".join(source.path for source in spec.train)]
+    found: Dataset | Stream
+    if streamed:
+        expand = partial(objective.examples, training=True, window=True)
+        means = [part.tokens_per_example for part in sets]
+        found = Stream(tuple(map(Source, labels, parts, repeat(expand), means)), shares)
+    else:
+        found = Mixture(sets, shares, labels) if shares else sets[0]
+    facts = {"data.train": train.fingerprint, **objective.facts()}
+    return Data(found, objective.examples(held, False) if held is not None else None, facts)
+
+
+def _shares(objective: Objective[Any], sets: Sequence[Dataset]) -> Shares:
+    """Return what part of the examples each source has, by the window."""
+    spec = objective.recipe.data
+    sizes = [1.0 if spec.weigh_by == "samples" else part.tokens_per_example for part in sets]
+    if None in sizes:
+        raise UserError("data.weigh_by: these data have no tokens; take `samples`.")
+    weights = [w if isinstance(w := source.weight, dict) else {0: w or 0.0} for source in spec.train]
+    return Shares.of(weights, sizes, lambda step: windows_before(objective.turns, step))  # type: ignore[arg-type]
 
 
 def check_names(recipe: Recipe, turns: tuple[Turn, ...], specs: Mapping[str, NetworkSpec]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from scaletrain.config import Duration
+from scaletrain.data.stream import Stream
 from scaletrain.errors import UserError
 from scaletrain.objectives.base import Data
 from scaletrain.player import Turn
@@ -16,12 +17,25 @@ def windows_before(turns: Sequence[Turn], step: int) -> int:
     return sum(turn.repeats * -(-step // turn.every) for turn in turns)
 
 
+def next_window(taken: int, skipped: Collection[int]) -> int:
+    """Return the window that follows the first `taken` that were trained on; `skipped` ones were passed over."""
+    last = taken - 1
+    for window in sorted(skipped):
+        last += window <= last
+    return last + 1
+
+
 def steps_of(duration: Duration, turns: Sequence[Turn], data: Data, global_batch: int) -> int:
     """Turn a duration into steps of this stage. Raises UserError for tokens where they are not known."""
     if duration.unit == "steps":
         return math.ceil(duration.value)
     samples = duration.value
     if duration.unit == "epochs":
+        if isinstance(data.train, Stream):
+            raise UserError(
+                "epochs: how many examples the rows of a stream come to is not known before they are read; give steps, "
+                "or, for train.duration, tokens."
+            )
         samples *= len(data.train)
     elif duration.unit == "tokens":
         if data.train.tokens_per_example is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,8 +44,11 @@ class Classes:
         Names are sorted, as numbers where all of them are. Ids are 0 to `count` - 1, or to the largest id that occurs.
         Raises UserError that names a row whose label is neither a name nor an id, or is out of range.
         """
+        first = rows.column(column)[0]
+        if rows.streaming and count is not None and not isinstance(first, str):
+            return cls(tuple(map(str, range(count))), named=False)  # labels are checked as they are read
         labels = list(rows.column(column))
-        named = isinstance(labels[0], str)
+        named = isinstance(first, str)
         for i, label in enumerate(labels):
             _check(rows, i, column, label, named)
         if not named:
@@ -68,19 +73,26 @@ class Classes:
 
     def encode(self, rows: Rows, column: str) -> npt.NDArray[np.int64]:
         """Return the ids of a column, (N,). Raises UserError that names the row whose label is no class."""
-        ids = {name: i for i, name in enumerate(self.names)}
-        out = np.empty(len(rows), np.int64)
-        for i, label in enumerate(rows.column(column)):
-            _check(rows, i, column, label, self.named)
-            if self.named and label not in ids:
-                raise UserError(
-                    f"{rows.name(i)}: `{column}` {str(label)!r} is no class of the training data."
-                    f"{did_you_mean(label, self.names)}"
-                )
-            out[i] = ids[label] if self.named else label
-            if out[i] >= len(self.names):
-                raise UserError(_out_of_range(rows, i, column, label, len(self.names)))
-        return out
+        return np.fromiter(
+            (self.number(rows, i, column, label) for i, label in enumerate(rows.column(column))), np.int64, len(rows)
+        )
+
+    def number(self, rows: Rows, index: int, column: str, label: Any) -> int:
+        """Return the id of one row's label. Raises UserError that names the row when it is no class."""
+        _check(rows, index, column, label, self.named)
+        if self.named and label not in self._ids:
+            raise UserError(
+                f"{rows.name(index)}: `{column}` {str(label)!r} is no class of the training data."
+                f"{did_you_mean(label, self.names)}"
+            )
+        found = self._ids[label] if self.named else int(label)
+        if found >= len(self.names):
+            raise UserError(_out_of_range(rows, index, column, label, len(self.names)))
+        return found
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
 
 
 def _check(rows: Rows, index: int, column: str, label: object, named: bool) -> None:

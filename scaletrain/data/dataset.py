@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from scaletrain.data.order import Lanes, Order, Ordering
+
 Example = dict[str, Any]
 
 
@@ -43,6 +45,13 @@ class Dataset(ABC):
         """Return the batch of these examples; `seeds` has one seed for each. Override it where one call can do all."""
         generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds.tolist()]
         return self.collate([self.example(i, g) for i, g in zip(indices, generators, strict=True)])
+
+    def order(self, lanes: Lanes, shuffle: int, *seed: object) -> Ordering:
+        """Return the order in which examples are trained on; `shuffle` matters where they are read from chunks."""
+        return Order(len(self), *seed)
+
+    def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027 (most have nothing to prefetch)
+        """Take a hint: these examples will be wanted before long."""
 
     def name(self, index: int) -> str:
         """Say which row an example comes from, for messages."""

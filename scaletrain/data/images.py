@@ -22,6 +22,7 @@ from pydantic import Field
 from scaletrain.config import Strict
 from scaletrain.data.classes import Classes
 from scaletrain.data.dataset import Dataset, Example
+from scaletrain.data.order import Lanes, Ordering
 from scaletrain.data.sources import Rows
 from scaletrain.errors import UserError
 
@@ -88,12 +89,14 @@ class ImageDataset(Dataset):
         self._rows, self._augment = rows, Augment() if augment is None else augment
         self._size, self._channels = (size, size) if isinstance(size, int) else size, channels
         self._images = rows.column(rows.require("image", "pictures"))
-        self._labels = classes.encode(rows, rows.require("label", "the class of a picture")) if classes else None
+        if classes:
+            rows.require("label", "the class of a picture")
+        self._labels = classes.encode(rows, "label") if classes and not rows.streaming else None
         self._decoded: Pixels | None = None
         self.shape: tuple[int, int, int] = self._read(0).shape
         if self._augment.crop >= min(self.shape[1:]):
             raise UserError(f"augment.crop={self._augment.crop} leaves nothing of pictures of {self.shape[1:]} pixels")
-        if len(rows) * math.prod(self.shape) <= IN_MEMORY_BYTES:
+        if not rows.streaming and len(rows) * math.prod(self.shape) <= IN_MEMORY_BYTES:
             self._decoded = self._read_all()
         self.decodes = self._decoded is None or self._augment != Augment()
 
@@ -114,8 +117,11 @@ class ImageDataset(Dataset):
         return self._read(index) if self._decoded is None else self._decoded[index]
 
     def _read(self, index: int) -> Pixels:
+        return self._decode(index, self._images[index])
+
+    def _decode(self, index: int, value: Any) -> Pixels:
         try:
-            image = decode(self._images[index], self._rows.folder(index), self._size, self._channels)
+            image = decode(value, self._rows.folder(index), self._size, self._channels)
         except Exception as error:  # a decoder that meets broken bytes may raise anything
             raise UserError(f"{self.name(index)}: the picture cannot be decoded: {error}") from error
         shape = getattr(self, "shape", image.shape)
@@ -146,9 +152,15 @@ class ImageDataset(Dataset):
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """Return one picture, augmented (noise still apart), and its label."""
-        example: Example = {"image": self._augment.apply(self.pixels(index), rng)}
-        if self._labels is not None:
-            example["label"] = self._labels[index]
+        if self._rows.streaming:
+            return self._streamed([index], [rng])[0]
+        label = None if self._labels is None else self._labels[index]
+        return self._example(self.pixels(index), label, rng)
+
+    def _example(self, pixels: Pixels, label: int | None, rng: np.random.Generator) -> Example:
+        example: Example = {"image": self._augment.apply(pixels, rng)}
+        if label is not None:
+            example["label"] = label
         if self._augment.noise:
             example["noise"] = rng.standard_normal(self.shape, np.float32)
         return example
@@ -158,7 +170,10 @@ class ImageDataset(Dataset):
         return self._scale({name: np.stack([e[name] for e in examples]) for name in examples[0]})
 
     def batch(self, indices: Sequence[int], seeds: npt.NDArray[np.uint64]) -> dict[str, torch.Tensor]:
-        """Take all at once where nothing is decoded or drawn."""
+        """Take all at once where rows are streamed, or where nothing is decoded or drawn."""
+        if self._rows.streaming:
+            draws = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds.tolist()]
+            return self.collate(self._streamed(indices, draws))
         if self._decoded is None or self._augment != Augment():
             return super().batch(indices, seeds)
         chosen = np.asarray(indices)
@@ -166,6 +181,24 @@ class ImageDataset(Dataset):
         if self._labels is not None:
             batch["label"] = self._labels[chosen]
         return self._scale(batch)
+
+    def order(self, lanes: Lanes, shuffle: int, *seed: object) -> Ordering:
+        """Return the order of the rows."""
+        return self._rows.order(lanes, shuffle, *seed)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Pass the hint on."""
+        self._rows.prefetch(np.asarray(indices))
+
+    def _streamed(self, indices: Sequence[int], draws: Sequence[np.random.Generator]) -> list[Example]:
+        """Return examples of rows that are read now, all at once."""
+        taken = self._rows.take(["image", "label"] if self.classes else ["image"], np.asarray(indices))
+        labels: Sequence[Any] = [None] * len(indices)
+        if self.classes:
+            pairs = zip(indices, taken["label"], strict=True)
+            labels = [self.classes.number(self._rows, i, "label", label) for i, label in pairs]
+        pixels = [self._decode(i, value) for i, value in zip(indices, taken["image"], strict=True)]
+        return [self._example(*part) for part in zip(pixels, labels, draws, strict=True)]
 
     def _scale(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -185,20 +218,23 @@ class ImageOptions(Strict):
     augment: Augment = Augment()
     """Random changes to the pictures that are trained on."""
 
-    def open(
-        self, train: Rows, held: Rows | None, classes: Classes | None = None
-    ) -> tuple[ImageDataset, ImageDataset | None]:
-        """Return the pictures to train on, and those to evaluate on, which are not augmented. Raises UserError."""
-        first = ImageDataset(train, size=self.size, channels=self.channels, augment=self.augment, classes=classes)
-        if held is None:
-            return first, None
-        second = ImageDataset(held, size=self.size, channels=first.channels, classes=classes)
-        if second.shape != first.shape:
+    def shape(self, rows: Rows) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the first picture as it is read, which all others must have."""
+        return ImageDataset(rows.select([0]), size=self.size, channels=self.channels).shape
+
+    def pictures(
+        self, rows: Rows, training: bool, shape: tuple[int, int, int], classes: Classes | None = None
+    ) -> ImageDataset:
+        """Return pictures of one shape, augmented where they are trained on. Raises UserError."""
+        channels: Literal[1, 3] = 1 if shape[0] == 1 else 3
+        augment = self.augment if training else Augment()
+        found = ImageDataset(rows, size=self.size, channels=channels, augment=augment, classes=classes)
+        if found.shape != shape:
             raise UserError(
-                f"{held.name(0)} has (channels, height, width) {second.shape}, the pictures to train on have "
-                f"{first.shape}: give the `objective.size` that all are brought to"
+                f"{rows.name(0)} has (channels, height, width) {found.shape}, the pictures to train on have {shape}: "
+                "give the `objective.size` that all are brought to"
             )
-        return first, second
+        return found
 
 
 def decode(value: Any, folder: str = "", size: tuple[int, int] | None = None, channels: int | None = None) -> Pixels:

@@ -8,8 +8,12 @@ depends on neither the number of processes nor on where a run was resumed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count, repeat
+from queue import Full, Queue
+from threading import Event, Thread
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,17 +21,25 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from scaletrain.data.dataset import Dataset
-from scaletrain.data.order import Order, key_of, seeds
+from scaletrain.data.order import Lanes, key_of, seeds
+from scaletrain.data.stream import Cursor, Reader, Stream
 from scaletrain.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Micro:
-    """A micro-batch: its number in the window, the examples in it, and their tensors."""
+    """A micro-batch: its window, its number in it, the examples in it, and their tensors.
 
+    cursor: of a stream, where the lane stands after it.
+    """
+
+    window: int
     number: int
-    examples: tuple[int, ...]
+    examples: tuple[Any, ...]
     tensors: dict[str, torch.Tensor]
+    cursor: Cursor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,16 @@ class Layout:
         return cls(global_batch, micro_batch or global_batch // world, world, rank)
 
     @property
+    def lanes(self) -> Lanes:
+        """The lanes that the order of the data knows: the same for any number of processes."""
+        return Lanes(self.global_batch // self.micro_batch, self.micro_batch)
+
+    @property
+    def own(self) -> range:
+        """The numbers of this process's micro-batches: its lanes."""
+        return range(self.rank, self.lanes.count, self.world)
+
+    @property
     def accumulate(self) -> int:
         """Micro-batches of one process in a window."""
         return self.global_batch // (self.micro_batch * self.world)
@@ -73,23 +95,22 @@ class Layout:
 class _Positions(Sampler[tuple[int, int]]):
     """(window, micro-batch number) of every micro-batch of this rank, from a window on, without end."""
 
-    def __init__(self, layout: Layout, window: int):
-        self.layout, self.window = layout, window
+    def __init__(self, layout: Layout, window: int, skipped: Collection[int]):
+        self.layout, self.window, self.skipped = layout, window, skipped
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        window = self.window
-        while True:
-            for turn in range(self.layout.accumulate):
-                yield window, turn * self.layout.world + self.layout.rank
-            window += 1
+        for window in count(self.window):
+            if window not in self.skipped:
+                for number in self.layout.own:
+                    yield window, number
 
 
 class _Micros(TorchDataset[Micro | Failure]):
     """Makes one micro-batch from its place."""
 
-    def __init__(self, dataset: Dataset, layout: Layout, seed: tuple[object, ...]):
-        self.dataset, self.layout = dataset, layout
-        self.order, self.key = Order(len(dataset), *seed), key_of(*seed, "samples")
+    def __init__(self, dataset: Dataset, layout: Layout, shuffle: int, seed: tuple[object, ...]):
+        self.dataset, self.layout, self.lanes = dataset, layout, layout.lanes
+        self.order, self.key = dataset.order(layout.lanes, shuffle, *seed), key_of(*seed, "samples")
 
     def __getitem__(self, place: tuple[int, int]) -> Micro | Failure:
         window, number = place
@@ -97,7 +118,11 @@ class _Micros(TorchDataset[Micro | Failure]):
         positions = np.arange(first, first + self.layout.micro_batch)
         examples = tuple(self.order(positions).tolist())
         try:
-            return Micro(number, examples, self.dataset.batch(examples, seeds(positions, self.key)))
+            if self.order.ahead:
+                lane, places = self.lanes.split(positions)
+                later = self.order(self.lanes.position(lane, places + self.order.ahead))
+                self.dataset.prefetch([*examples, *later.tolist()])
+            return Micro(window, number, examples, self.dataset.batch(examples, seeds(positions, self.key)))
         except UserError as error:
             return Failure(str(error))
 
@@ -107,37 +132,103 @@ def _leave_group(worker: int) -> None:
     os.setpgid(0, 0)
 
 
+def _of_stream(
+    reader: Reader, layout: Layout, window: int, skipped: Collection[int], cursors: Mapping[int, Cursor]
+) -> Iterator[Micro | Failure]:
+    """Yield this rank's micro-batches of a stream, from a window on, without end. Skipped windows are read past."""
+    at = {lane: cursors.get(lane) or reader.start() for lane in layout.own}
+    reader.begin(at)
+    width = layout.micro_batch
+    try:
+        for now in count(window):
+            for lane in layout.own:
+                drawn, at[lane] = reader.draw(lane, now * width, width, at[lane])
+                if now not in skipped:
+                    names, examples = zip(*drawn, strict=True)
+                    yield Micro(now, lane, names, reader.collate(examples), at[lane])
+    except UserError as error:
+        yield from repeat(Failure(str(error)))
+    finally:
+        reader.close()
+
+
+def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
+    """Yield what an iterator yields, which runs in a thread, up to `depth` items ahead."""
+    queue: Queue[T | BaseException] = Queue(depth)
+    ended = Event()
+
+    def put(item: T | BaseException) -> bool:
+        while not ended.is_set():
+            try:
+                queue.put(item, timeout=0.2)
+            except Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+        except BaseException as error:  # raised again where it is waited for
+            put(error)
+
+    Thread(target=work, name="batches", daemon=True).start()
+    try:
+        while True:
+            item = queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
+
+
 class Windows:
     """Iterator over this rank's accumulation windows: lists of `layout.accumulate` micro-batches, in CPU memory.
 
-    workers: processes that prepare batches ahead; None chooses none for cheap examples, else up to 4 of the free cores.
+    window: the first one. cursors: where each lane of a stream stands before it, by number; empty at the start.
+    skipped: windows that are not to be trained on. shuffle: rows that are mixed where they are read from chunks.
+    workers: processes that prepare batches of a data set ahead; None chooses none for cheap examples, else up to 4 of
+    the free cores. A stream is read ahead in threads.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        data: Dataset | Stream,
         layout: Layout,
         seed: tuple[object, ...],
         window: int = 0,
         workers: int | None = None,
         pin_memory: bool = False,
+        cursors: Mapping[int, Cursor] | None = None,
+        skipped: Collection[int] = (),
+        shuffle: int = 65_536,
     ):
+        self.layout = layout
+        skipped = frozenset(skipped)
+        if isinstance(data, Stream):
+            reader = Reader(data, layout.lanes, shuffle, *seed)
+            micros = _of_stream(reader, layout, window, skipped, cursors or {})
+            self._micros: Iterator[Micro | Failure] = _ahead(micros, 4 * layout.accumulate)
+            return
         if workers is None:
             cores = (os.cpu_count() or 1) // layout.world
-            workers = min(4, max(1, cores - 1)) if dataset.decodes else 0
-        self.layout = layout
+            workers = min(4, max(1, cores - 1)) if data.decodes else 0
         # Workers keep at least two windows ahead of the loop. Without workers batches are made when they are asked for:
         # that is for data in memory, where a batch takes less time than handing it over between processes.
-        self._loader: DataLoader[Micro | Failure] = DataLoader(
-            _Micros(dataset, layout, seed),
-            sampler=_Positions(layout, window),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=max(2, 2 * layout.accumulate // max(workers, 1)) if workers else None,
-            pin_memory=pin_memory,
-            worker_init_fn=_leave_group,
+        self._micros = iter(
+            DataLoader(
+                _Micros(data, layout, shuffle, seed),
+                sampler=_Positions(layout, window, skipped),
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=max(2, 2 * layout.accumulate // max(workers, 1)) if workers else None,
+                pin_memory=pin_memory,
+                worker_init_fn=_leave_group,
+            )
         )
-        self._micros = iter(self._loader)
 
     def __iter__(self) -> Windows:
         return self
@@ -164,4 +255,4 @@ def passes(dataset: Dataset, batch: int, world: int = 1, rank: int = 0) -> Itera
             continue
         examples = np.arange(first, min(first + batch, len(dataset)))
         tensors = dataset.batch(examples.tolist(), seeds(examples, key_of("evaluate")))
-        yield Micro(number, tuple(examples.tolist()), tensors)
+        yield Micro(0, number, tuple(examples.tolist()), tensors)

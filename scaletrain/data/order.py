@@ -7,6 +7,8 @@ instead of replaying, and every process, however many there are, computes the sa
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +68,7 @@ class Order:
     size: examples in an epoch. seed: anything printable, such as (seed, stage).
     """
 
+    ahead = 0
     _TABLE = 1 << 20
     """An epoch of up to so many examples is permuted once and kept (8 MiB at most): a look-up instead of arithmetic."""
 
@@ -90,3 +93,98 @@ class Order:
         if self._epoch != epoch:
             self._epoch, self._table = epoch, permutation(self.size, key)
         return self._table[place]
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How the endless sequence of positions falls into lanes, one for each micro-batch of a global batch.
+
+    Lane m is what micro-batch m takes, window after window: its place k stands at position
+    (k // width) · count · width + m · width + k % width. Lanes depend on the recipe alone; a process takes every
+    world-th lane, so what only depends on its own lane need not be read by the others.
+    """
+
+    count: int
+    """Micro-batches of a global batch."""
+    width: int
+    """Examples of a micro-batch."""
+
+    def split(self, position: Int) -> tuple[Int, Int]:
+        """Return (lane, place in the lane) of each position."""
+        micro, offset = np.divmod(position, self.width)
+        window, lane = np.divmod(micro, self.count)
+        return lane, window * self.width + offset
+
+    def position(self, lane: int | Int, place: Int) -> Int:
+        """Return the position of each place of a lane."""
+        window, offset = np.divmod(place, self.width)
+        return np.asarray((window * self.count + lane) * self.width + offset, np.int64)
+
+
+class Ordering(Protocol):
+    """What gives the example number at each position of the endless sequence.
+
+    ahead: so many places of a lane further on, the examples show what will have to be read before long; 0 for data that
+    are not read from chunks.
+    """
+
+    ahead: int
+
+    def __call__(self, position: Int) -> Int:
+        """Return example numbers for 0-based positions."""
+        ...
+
+
+class LocalOrder:
+    """An order that reads from few places at a time, for rows that are kept in chunks.
+
+    In each epoch the chunks are put one after the other in an order of their own, the sequence is cut into a range of
+    equal length (±1) for each lane, and a lane shuffles its range in windows. So every lane reads on from chunk to
+    chunk, each row comes once in an epoch, and the row at a position is still computed, not looked for.
+
+    chunks: (C,) rows of each. shuffle: rows that are mixed with one another, in all lanes together. seed: as in Order.
+    """
+
+    def __init__(self, chunks: Int, lanes: Lanes, shuffle: int, *seed: object):
+        self.lanes, self._seed = lanes, seed
+        self._sizes = np.asarray(chunks, np.int64)
+        self._first = np.concatenate([[0], self._sizes.cumsum()])
+        self.size = int(self._first[-1])
+        self.ahead = self.window = max(1, shuffle // lanes.count)
+        self._bounds = np.arange(lanes.count + 1) * self.size // lanes.count
+        self._tables: dict[int, tuple[Int, Int]] = {}
+        if self.size < lanes.count:
+            raise ValueError(f"{self.size} rows for {lanes.count} lanes")
+
+    def __call__(self, position: Int) -> Int:
+        """Return the row number at each position of the endless sequence (0-based)."""
+        lane, place = self.lanes.split(position)
+        out = np.empty_like(place)
+        for number in np.unique(lane).tolist():
+            chosen = lane == number
+            out[chosen] = self._in_lane(number, place[chosen])
+        return out
+
+    def _in_lane(self, lane: int, place: Int) -> Int:
+        first, last = self._bounds[lane : lane + 2].tolist()
+        epoch, offset = np.divmod(place, last - first)
+        window = offset // self.window
+        out = np.empty_like(place)
+        for e, w in np.unique(np.stack([epoch, window], 1), axis=0).tolist():
+            chosen = (epoch == e) & (window == w)
+            begin = w * self.window
+            size = min(self.window, last - first - begin)
+            moved = permute(offset[chosen] - begin, size, key_of(*self._seed, "window", e, lane, w))
+            out[chosen] = self._rows(e, first + begin + moved)
+        return out
+
+    def _rows(self, epoch: int, place: Int) -> Int:
+        """Return the rows at some places of an epoch's sequence of chunks."""
+        if epoch not in self._tables:
+            chunk = permutation(len(self._sizes), key_of(*self._seed, "chunks", epoch))
+            while len(self._tables) > 1:  # lanes pass from one epoch to the next at about the same time
+                del self._tables[min(self._tables)]
+            self._tables[epoch] = self._first[chunk], np.concatenate([[0], self._sizes[chunk].cumsum()])
+        begins, starts = self._tables[epoch]
+        found = np.searchsorted(starts, place, "right") - 1
+        return begins[found] + place - starts[found]

@@ -15,6 +15,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -74,6 +75,16 @@ def tokenise(rows: Rows, fmt: formats.Format) -> Tokens:
 
     marks = mapped("marks.bin", "u1") if meta["marks"] else None
     return Tokens(mapped("ids.bin", meta["dtype"]), marks, np.load(folder / "offsets.npy"))
+
+
+def encode(rows: Rows, fmt: formats.Format) -> Tokens:
+    """Tokenise a few rows, in memory. Raises UserError that names the row."""
+    every = range(len(rows))
+    columns = rows.take([rows.require(name, "the text") for name in fmt.columns], np.arange(len(rows)))
+    done = fmt.encode(list(columns.values()), [rows.name(i) for i in every])
+    flat = np.fromiter(chain.from_iterable(done.ids), np.int64)
+    marks = None if done.marks is None else np.fromiter(chain.from_iterable(done.marks), np.uint8)
+    return Tokens(flat, marks, np.concatenate([[0], np.cumsum([len(i) for i in done.ids])]).astype(np.int64))
 
 
 def _write(rows: Rows, fmt: formats.Format, folder: Path) -> None:
@@ -144,18 +155,18 @@ class LanguageDataset(Dataset):
 class Blocks(LanguageDataset):
     """Documents one after the other, cut into blocks of `seq_len` positions; every token but the first is learned once.
 
-    isolated: a document does not see the one before it, nor is its first token learned from that.
-    Raises UserError when there is nothing to learn.
+    isolated: a document does not see the one before it, nor is its first token learned from that. empty: there may be
+    nothing to learn, which is a UserError otherwise.
     """
 
-    def __init__(self, tokens: Tokens, seq_len: int, fill: int, isolated: bool):
+    def __init__(self, tokens: Tokens, seq_len: int, fill: int, isolated: bool, empty: bool = False):
         super().__init__(tokens, fill)
         self.seq_len, self.isolated = seq_len, isolated
-        self._places = len(tokens.ids) - 1
-        if self._places < 1:
+        self._places = max(0, len(tokens.ids) - 1)
+        if not self._places and not empty:
             raise UserError(f"there is nothing to learn: the text has {len(tokens.ids)} tokens in all.")
         self._blocks = math.ceil(self._places / seq_len)
-        self.tokens_per_example = self._places / self._blocks
+        self.tokens_per_example = self._places / max(1, self._blocks)
 
     def __len__(self) -> int:
         return self._blocks
@@ -183,15 +194,17 @@ class Blocks(LanguageDataset):
 class Samples(LanguageDataset):
     """One row an example, or, packed, several whole ones, isolated; cut to `seq_len` positions.
 
-    Rows of which nothing is left to learn are left out, and that is said. Raises UserError when no row is left.
+    Rows of which nothing is left to learn are left out, and that is said; that no row is left is a UserError. With
+    `empty`, neither.
     """
 
-    def __init__(self, tokens: Tokens, rows: Rows, seq_len: int, fill: int, packed: bool):
+    def __init__(self, tokens: Tokens, rows: Rows, seq_len: int, fill: int, packed: bool, empty: bool = False):
         super().__init__(tokens, fill)
         self.rows, self.packed = rows, packed
         places = np.minimum(tokens.lengths - 1, seq_len)
         kept = np.flatnonzero(_learned(tokens, places) > 0)
-        _say_losses(rows, tokens.lengths, kept, seq_len)
+        if not empty:
+            _say_losses(rows, tokens.lengths, kept, seq_len)
         self._places = np.maximum(places, 0)
         packs = (
             best_fit_decreasing(places[kept], seq_len)
@@ -199,7 +212,7 @@ class Samples(LanguageDataset):
             else Packs(np.arange(len(kept)), np.arange(len(kept) + 1))
         )
         self._order, self._starts = kept[packs.order], packs.starts
-        self.tokens_per_example = float(places[kept].sum() / len(self))
+        self.tokens_per_example = float(places[kept].sum() / max(1, len(self)))
 
     def __len__(self) -> int:
         return len(self._starts) - 1

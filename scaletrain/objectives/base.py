@@ -4,8 +4,9 @@ An objective names the networks, says in which turns they are trained and on wha
 It knows no optimiser, no rank, no device and no engine. The life of one:
 
 1. `Objective(config, recipe)`: check what the recipe alone can tell; raise UserError.
-2. `prepare(rows)`: read, check and tokenise the data; after it, `networks()` can say vocabulary, classes, image shape.
-   Where there is a checkpoint and no data (sample, export), `restore(folders)` takes the place of `prepare`.
+2. `prepare(rows)`: learn from the data what `networks()` has to say: vocabulary, classes, image shape; then
+   `examples(rows)`: read, check and tokenise them. Where there is a checkpoint and no data (sample, export),
+   `restore(folders)` takes the place of `prepare`.
 3. `counts`, `loss`, `after_update` in the loop; `evaluate`, `sample` between; `report` once at the end of the run.
 """
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from scaletrain.data.dataset import Dataset
     from scaletrain.data.sources import Rows
+    from scaletrain.data.stream import Stream
 
 C = TypeVar("C", bound=Strict)
 
@@ -37,10 +39,14 @@ The others are plain modules, without gradients to their parameters."""
 
 @dataclass(frozen=True)
 class Data:
-    """The examples of a run, once prepared."""
+    """The examples of a run, once prepared.
 
-    train: Dataset
+    facts: fingerprints, by name, of what a run that goes on must find unchanged.
+    """
+
+    train: Dataset | Stream
     eval: Dataset | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class Objective(ABC, Generic[C]):
     """The schedule. Set it in `__init__` when it depends on options."""
     data_keys: ClassVar[frozenset[str]] = frozenset()
     """Which of `data.seq_len` and `data.packing` the family uses; the others are refused."""
+    windowed: ClassVar[bool] = False
+    """Whether an example is not simply a row, so that the rows of a stream become examples a window at a time."""
     throughput: ClassVar[str] = "samples"
     """The unit, among those of `counts` or `samples`, that the progress line gives per second."""
 
@@ -102,12 +110,23 @@ class Objective(ABC, Generic[C]):
         self.config = config
         self.recipe = recipe
 
-    @abstractmethod
-    def prepare(self, train: Rows, eval: Rows | None) -> Data:
-        """Turn rows into examples. Called on every rank with the same rows; cached work is shared through files.
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Learn from all rows of the recipe what networks and examples need: a tokenizer, classes, the image shape.
 
-        Raises UserError that names the column, file or row.
+        Called on every rank with the same rows; cached work is shared through files. Raises UserError that names the
+        column, file or row.
         """
+
+    @abstractmethod
+    def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
+        """Turn rows, of one source or of several, into examples. Called after `prepare`, as `prepare` is.
+
+        window: a few rows of a stream, read while training: nothing is cached on disk, and it may come to no example.
+        """
+
+    def facts(self) -> dict[str, str]:
+        """Return fingerprints of what beside the rows makes the examples, such as the tokenizer."""
+        return {}
 
     def restore(self, folders: Mapping[str, Path]) -> None:
         """Take what `prepare` found out (a tokenizer, say) from the networks' folders of a checkpoint.

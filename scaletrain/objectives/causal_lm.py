@@ -6,6 +6,7 @@ Shapes: B sequences (or packs), T positions, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,13 @@ from pydantic import Field
 
 from scaletrain.config import NetworkSpec, Recipe, Strict
 from scaletrain.data import formats
-from scaletrain.data.text import IGNORE, Blocks, LanguageDataset, Samples, Tokens, tokenise
+from scaletrain.data.cache import content_key
+from scaletrain.data.text import IGNORE, Blocks, LanguageDataset, Samples, Tokens, encode, tokenise
 from scaletrain.data.tokenizers import (
     TokenizerConfig,
     check_vocabulary,
     filler,
+    identity,
     load_tokenizer,
     special_ids,
     train_tokenizer,
@@ -30,7 +33,7 @@ from scaletrain.data.tokenizers import (
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import decode
 from scaletrain.objectives import base
-from scaletrain.objectives.base import Data, Networks, Request
+from scaletrain.objectives.base import Networks, Request
 from scaletrain.player import Batch, Term, Turn
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
 FORMAT_FILE = "data_format.json"
 VOCABULARY = 4096
 """Tokens of a tokenizer that is trained here, when neither it nor the network says how many."""
+TOKENIZER_ROWS = 20_000
+"""Rows of a stream that a tokenizer is trained on."""
 PROMPTS, PROMPT_TOKENS = 64, 16
 """How many prompts are taken from the data, and their length where the data has no prompts."""
 
@@ -73,6 +78,7 @@ class Objective(base.Objective[Config]):
     """Next-token prediction by one network, `model`."""
 
     throughput: ClassVar[str] = "tokens"
+    windowed: ClassVar[bool] = True
     data_keys: ClassVar[frozenset[str]] = frozenset({"seq_len", "packing"})
 
     def __init__(self, config: Config, recipe: Recipe):
@@ -85,25 +91,36 @@ class Objective(base.Objective[Config]):
         self._prompts: list[list[int]] = []
         self._checked = False
 
-    def prepare(self, train: Rows, eval: Rows | None) -> Data:
-        """Tokenise, mask, and cut or pack to `data.seq_len`. Raises UserError that names the key or row."""
-        seq_len = self.recipe.data.seq_len
-        if seq_len is None:
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Find the format and the tokenizer, and check the network. Raises UserError that names the key or row."""
+        if self.recipe.data.seq_len is None:
             raise UserError("data.seq_len is missing: say how many tokens a sequence may have.")
         self._format = formats.detect(train, self.config.format)
         self.tokenizer = self.tokenizer or self._find_tokenizer(train)
-        self._check_network(seq_len)
-        fmt = formats.language_format(self._format, self.tokenizer)
-        sets = [self._dataset(rows, fmt, seq_len) for rows in (train, eval) if rows]
-        self._prompts = list(_prompts(sets[-1].tokens))
-        return Data(*sets)
+        self._check_network(self.recipe.data.seq_len)
+        # One of its own: a tokenizer must not be used by two threads at a time.
+        self._language = copy.deepcopy(formats.language_format(self._format, self.tokenizer))
 
-    def _dataset(self, rows: Rows, fmt: formats.Format, seq_len: int) -> LanguageDataset:
+    def examples(self, rows: Rows, training: bool, window: bool = False) -> LanguageDataset:
+        """Tokenise, mask, and cut or pack to `data.seq_len`. Raises UserError that names the row."""
+        seq_len, packing = self.recipe.data.seq_len, self.recipe.data.packing
         assert self.tokenizer is not None
-        tokens, fill, packing = tokenise(rows, fmt), filler(self.tokenizer), self.recipe.data.packing
+        assert seq_len is not None
+        tokens = encode(rows, self._language) if window else tokenise(rows, self._language)
+        fill = filler(self.tokenizer)
+        found: LanguageDataset
         if self._format == "text":
-            return Blocks(tokens, seq_len, fill, isolated=packing)
-        return Samples(tokens, rows, seq_len, fill, packed=packing)
+            found = Blocks(tokens, seq_len, fill, isolated=packing, empty=window)
+        else:
+            found = Samples(tokens, rows, seq_len, fill, packed=packing, empty=window)
+        if not window:
+            self._prompts = list(_prompts(tokens))
+        return found
+
+    def facts(self) -> dict[str, str]:
+        """Return the tokenizer's."""
+        assert self.tokenizer is not None
+        return {"the tokenizer": content_key(identity(self.tokenizer))}
 
     def _find_tokenizer(self, train: Rows) -> PreTrainedTokenizerFast:
         given = self.config.tokenizer
@@ -114,7 +131,7 @@ class Objective(base.Objective[Config]):
         if self.spec.source and not given.vocab_size:
             raise UserError(f"{self.spec.source} has no tokenizer: set objective.tokenizer.path.")
         size = given.vocab_size or self.spec.config.get("vocab_size", VOCABULARY)
-        texts = formats.texts(train, self._format)
+        texts = formats.texts(train.sample(TOKENIZER_ROWS) if train.streaming else train, self._format)
         return train_tokenizer(texts, size, f"{self._format} {train.fingerprint}")
 
     def _check_network(self, seq_len: int) -> None:

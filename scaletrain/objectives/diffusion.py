@@ -13,13 +13,14 @@ import torch
 from pydantic import Field
 
 from scaletrain.config import NetworkSpec
+from scaletrain.data.dataset import Dataset
 from scaletrain.data.images import ImageOptions
 from scaletrain.data.sources import Rows
 from scaletrain.diffusion.options import DiffusionOptions
 from scaletrain.diffusion.path import stratified
 from scaletrain.diffusion.pictures import draw, stored_shape
 from scaletrain.objectives import base
-from scaletrain.objectives.base import Data, Networks, Request, Samples, completed
+from scaletrain.objectives.base import Networks, Request, Samples, completed
 from scaletrain.player import Batch, Term, Turn
 
 
@@ -36,11 +37,13 @@ class Objective(base.Objective[Config]):
 
     throughput: ClassVar[str] = "images"
 
-    def prepare(self, train: Rows, eval: Rows | None) -> Data:
-        """Decode the pictures. Raises UserError that names the row."""
-        first, held = self.config.open(train, eval)
-        self._shape = first.shape
-        return Data(first, held)
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Find the shape of a picture. Raises UserError that names the row."""
+        self._shape = self.config.shape(train)
+
+    def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
+        """Return pictures."""
+        return self.config.pictures(rows, training, self._shape)
 
     def restore(self, folders: Mapping[str, Path]) -> None:
         """Take the shape of a picture from the stored network."""

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from scaletrain.config import NetworkSpec, Recipe
+from scaletrain.data.dataset import Dataset
 from scaletrain.data.images import ImageOptions
 from scaletrain.data.sources import Rows
 from scaletrain.errors import UserError
 from scaletrain.objectives import base
-from scaletrain.objectives.base import Data, Networks, Request, Samples, completed
+from scaletrain.objectives.base import Networks, Request, Samples, completed
 from scaletrain.player import Batch, Term, Turn
 
 
@@ -47,17 +48,19 @@ class Objective(base.Objective[Config]):
             raise UserError("objective.real_target has no meaning for the hinge loss: leave it out")
         self.turns = (Turn("critic", "critic", config.critic_repeats), Turn("generator", "generator"))
 
-    def prepare(self, train: Rows, eval: Rows | None) -> Data:
-        """Decode the pictures. Raises UserError that names the row."""
-        first, held = self.config.open(train, eval)
-        if held is not None and len(held) < 2:
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Find the shape of a picture, and how far held-out ones are apart. Raises UserError that names the row."""
+        if eval is not None and len(eval) < 2:
             raise UserError("data.eval, data.holdout: one picture is too few to compare samples with; give 2 or more.")
-        self._shape = first.shape
-        if held is not None:
-            some = np.linspace(0, len(held) - 1, min(len(held), 2000)).astype(int)
-            pictures = held.batch(some.tolist(), np.zeros(len(some), np.uint64))["image"]
+        self._shape = self.config.shape(train)
+        if eval is not None:
+            some = eval.select(np.linspace(0, len(eval) - 1, min(len(eval), 2000)).astype(int))
+            pictures = self.examples(some, False).batch(range(len(some)), np.zeros(len(some), np.uint64))["image"]
             self._spread = float(torch.pdist(_points(pictures)).mean())
-        return Data(first, held)
+
+    def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
+        """Return pictures."""
+        return self.config.pictures(rows, training, self._shape)
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return both networks, which are told the shape of a picture."""

@@ -12,10 +12,11 @@ from pydantic import Field
 
 from scaletrain.config import NetworkSpec
 from scaletrain.data.classes import Classes
+from scaletrain.data.dataset import Dataset
 from scaletrain.data.images import ImageOptions
 from scaletrain.data.sources import Rows
 from scaletrain.objectives import base
-from scaletrain.objectives.base import Data, Networks, completed
+from scaletrain.objectives.base import Networks, completed
 from scaletrain.player import Batch, Term, Turn
 
 
@@ -35,13 +36,15 @@ class Objective(base.Objective[Config]):
     throughput: ClassVar[str] = "images"
     classes: Classes | None = None
 
-    def prepare(self, train: Rows, eval: Rows | None) -> Data:
-        """Decode the pictures and number the classes. Raises UserError that names the row."""
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Number the classes and find the shape of a picture. Raises UserError that names the row."""
         label = train.require("label", "the class of a picture")
         self.classes = self.classes or Classes.find(train, label, self.config.num_classes)
-        first, held = self.config.open(train, eval, self.classes)
-        self._shape = first.shape
-        return Data(first, held)
+        self._shape = self.config.shape(train)
+
+    def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
+        """Return pictures and their classes."""
+        return self.config.pictures(rows, training, self._shape, self.classes)
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return `model`, which is told the shape of a picture and the number of classes."""

@@ -20,6 +20,7 @@ from scaletrain.data.classes import Classes
 from scaletrain.data.dataset import Dataset
 from scaletrain.data.images import ImageOptions
 from scaletrain.data.sources import Rows
+from scaletrain.data.stream import Stream
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.options import DiffusionOptions
 from scaletrain.diffusion.path import stratified
@@ -28,7 +29,7 @@ from scaletrain.diffusion.solvers import ddim_step, implied_x0, sample
 from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Real, Sampler, compare
 from scaletrain.objectives import base
-from scaletrain.objectives.base import Data, Networks, Report, Request, RunView, Samples, completed
+from scaletrain.objectives.base import Networks, Report, Request, RunView, Samples, completed
 from scaletrain.player import Batch, Term, Turn
 
 _BATCH = 1024  # pictures drawn at a time for the report
@@ -68,12 +69,14 @@ class Objective(base.Objective[Config]):
         if not teacher.frozen or teacher.source is teacher.path is None:
             raise UserError("networks.teacher must have `frozen: true`, and `from` or `path` for its weights")
 
-    def prepare(self, train: Rows, eval: Rows | None) -> Data:
-        """Decode the pictures and number the classes, where there are labels. Raises UserError that names the row."""
-        classes = Classes.find(train, "label") if "label" in train.columns else None
-        first, held = self.config.open(train, eval, classes)
-        self._shape = first.shape
-        return Data(first, held)
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Find the shape of a picture, and the classes where there are labels. Raises UserError that names the row."""
+        self._classes = Classes.find(train, "label") if "label" in train.columns else None
+        self._shape = self.config.shape(train)
+
+    def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
+        """Return pictures, with their classes where there are labels."""
+        return self.config.pictures(rows, training, self._shape, self._classes)
 
     def restore(self, folders: Mapping[str, Path]) -> None:
         """Take the shape of a picture from the stored network."""
@@ -136,6 +139,7 @@ def _sampler(config: Config, network: nn.Module) -> Sampler:
     return pictures
 
 
-def _real(dataset: Dataset, device: torch.device) -> Real:
+def _real(dataset: Dataset | Stream, device: torch.device) -> Real:
+    assert isinstance(dataset, Dataset)  # one picture a row
     batch = dataset.batch(range(len(dataset)), np.arange(len(dataset), dtype=np.uint64))
     return Real(batch["image"].to(device), batch.get("label"))

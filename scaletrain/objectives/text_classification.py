@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +14,15 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from scaletrain.config import NetworkSpec, Recipe, Strict
+from scaletrain.data.cache import content_key
 from scaletrain.data.classes import Classes
 from scaletrain.data.formats import Pairs, texts
-from scaletrain.data.text import LabelledTexts, pad, tokenise
+from scaletrain.data.text import LabelledTexts, encode, pad, tokenise
 from scaletrain.data.tokenizers import (
     TokenizerConfig,
     check_vocabulary,
     filler,
+    identity,
     load_tokenizer,
     special_ids,
     train_tokenizer,
@@ -27,7 +30,7 @@ from scaletrain.data.tokenizers import (
 from scaletrain.errors import UserError
 from scaletrain.explain import decode
 from scaletrain.objectives import base
-from scaletrain.objectives.base import Data, Networks, Request, Samples
+from scaletrain.objectives.base import Networks, Request, Samples
 from scaletrain.player import Batch, Term, Turn
 
 if TYPE_CHECKING:
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
     from scaletrain.data.sources import Rows
 
 log = logging.getLogger("scaletrain")
+
+TOKENIZER_ROWS = 20_000
+"""Rows of a stream that a tokenizer is trained on."""
 
 
 class Config(Strict):
@@ -53,6 +59,7 @@ class Config(Strict):
 class Objective(base.Objective[Config]):
     """Cross-entropy of the class, by one network, `model`."""
 
+    windowed: ClassVar[bool] = True
     data_keys: ClassVar[frozenset[str]] = frozenset({"seq_len"})
 
     def __init__(self, config: Config, recipe: Recipe):
@@ -64,33 +71,39 @@ class Objective(base.Objective[Config]):
         self.classes: Classes | None = None
         self._settings: dict[str, Any] = {}
 
-    def prepare(self, train: Rows, eval: Rows | None) -> Data:
-        """Tokenise and number the classes. Raises UserError that names the key or row."""
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Number the classes, find the tokenizer and check the network. Raises UserError that names the key or row."""
         label = train.require("label", "the class of a text")
         self.classes = self.classes or Classes.find(train, label, self.config.num_classes)
         self.tokenizer = self.tokenizer or self._find_tokenizer(train)
-        length = self._check_network()
-        paired = "text_pair" in train.columns
-        fmt = Pairs(self.tokenizer, length, paired)
-        return Data(*(self._dataset(rows, fmt) for rows in (train, eval) if rows))
+        # One of its own: a tokenizer must not be used by two threads at a time.
+        self._pairs = Pairs(copy.deepcopy(self.tokenizer), self._check_network(), "text_pair" in train.columns)
 
-    def _dataset(self, rows: Rows, fmt: Pairs) -> LabelledTexts:
+    def examples(self, rows: Rows, training: bool, window: bool = False) -> LabelledTexts:
+        """Tokenise, and encode the classes. Raises UserError that names the row."""
         assert self.classes is not None
+        fmt = self._pairs
         labels = self.classes.encode(rows, rows.require("label", "the class of a text"))
-        tokens = tokenise(rows, fmt)
-        if full := int((tokens.lengths == fmt.max_length).sum()):
+        tokens = encode(rows, fmt) if window else tokenise(rows, fmt)
+        if not window and (full := int((tokens.lengths == fmt.max_length).sum())):
             log.warning(
                 "%s of %s texts fill all %d positions and may be cut", f"{full:,}", f"{len(rows):,}", fmt.max_length
             )
         typed = "token_type_ids" in fmt.tokenizer.model_input_names
         return LabelledTexts(tokens, labels, rows, filler(fmt.tokenizer), typed)
 
+    def facts(self) -> dict[str, str]:
+        """Return the tokenizer's."""
+        assert self.tokenizer is not None
+        return {"the tokenizer": content_key(identity(self.tokenizer))}
+
     def _find_tokenizer(self, train: Rows) -> PreTrainedTokenizerFast:
         given = self.config.tokenizer
         if given.path:
             return load_tokenizer(given.path, "objective.tokenizer.path")
         if given.vocab_size:
-            return train_tokenizer(texts(train, "text"), given.vocab_size, f"text {train.fingerprint}")
+            rows = train.sample(TOKENIZER_ROWS) if train.streaming else train
+            return train_tokenizer(texts(rows, "text"), given.vocab_size, f"text {train.fingerprint}")
         if self.spec.path:
             return load_tokenizer(self.spec.path, "networks.model.path")
         raise UserError(

@@ -18,6 +18,7 @@ from scaletrain.config import SourceSpec
 from scaletrain.data import images
 from scaletrain.data.classes import Classes
 from scaletrain.data.images import Augment, ImageDataset, ImageOptions
+from scaletrain.data.loader import Layout, Micro, Windows
 from scaletrain.data.sources import Rows, open_rows
 from scaletrain.data.tables import ArrayTable
 from scaletrain.errors import UserError
@@ -151,8 +152,9 @@ def test_another_size_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"row 1 .*`size`"):
         ImageDataset(rows)
     with pytest.raises(UserError, match=r"objective\.size"):
-        ImageOptions().open(rows.select([0]), rows.select([1]))
-    assert ImageOptions(size=4).open(rows.select([0]), rows.select([1]))[1] is not None
+        ImageOptions().pictures(rows.select([1]), False, ImageOptions().shape(rows.select([0])))
+    four = ImageOptions(size=4)
+    assert four.pictures(rows.select([1]), False, four.shape(rows.select([0]))).shape == (1, 4, 4)
 
 
 def test_classes_by_number() -> None:
@@ -223,3 +225,36 @@ def test_noise_has_its_standard_deviation() -> None:
     noisy = ImageDataset(rows, augment=Augment(noise=0.2)).batch(range(100), seeds(100))["image"]
     assert noisy.std().item() == pytest.approx(0.2, rel=0.03)
     assert noisy.mean().item() == pytest.approx(128 / 127.5 - 1, abs=0.01)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], [0, 1]])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_gives_the_batches_of_the_same_rows_in_memory(tmp_path: Path, names: list[Any], workers: int) -> None:
+    pixels, labels = arrays(60), [names[i % 2] for i in range(60)]
+    table = pa.table({"image": [encoded(p) for p in pixels], "label": labels})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    kept, streamed = (open_rows([SourceSpec(path=str(tmp_path / "a.parquet"), stream=s)]) for s in (False, True))
+    augment = Augment(crop=1, flip=True, noise=0.1)
+    count = 2 if isinstance(names[0], int) else None
+    sets = [ImageDataset(r, augment=augment, classes=Classes.find(r, "label", count)) for r in (kept, streamed)]
+    for index in (0, 59):
+        here, there = (s.batch([index, 3], seeds(2)) for s in sets)
+        assert all(torch.equal(here[k], there[k]) for k in ("image", "label"))
+    loader = Windows(sets[1], Layout(8, 4), (0,), workers=workers, shuffle=20)
+    seen = []
+    for _ in range(7):
+        for micro in next(loader):
+            assert isinstance(micro, Micro)
+            seen += micro.examples
+            assert micro.tensors["label"].tolist() == [i % 2 for i in micro.examples]
+    assert len(set(seen)) == 56
+    assert sets[1].example(5, np.random.default_rng(0))["label"] == 1
+
+
+def test_a_label_of_a_stream_is_checked_as_it_is_read(tmp_path: Path) -> None:
+    table = pa.table({"image": [encoded(p) for p in arrays(9)], "label": [0] * 8 + [7]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = open_rows([SourceSpec(path=str(tmp_path / "a.parquet"), stream=True)])
+    found = ImageDataset(rows, classes=Classes.find(rows, "label", 3))
+    with pytest.raises(UserError, match=r"row 8: `label` is 7, out of range"):
+        found.batch([8], seeds(1))

@@ -18,6 +18,7 @@ from scaletrain.errors import UserError
 from scaletrain.networks import causal_lm
 from scaletrain.objectives.base import Request
 from scaletrain.objectives.causal_lm import Config, Objective, check_attention, forward
+from tests.unit.objectives.prepared import prepared
 
 SIZES = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = {"model_type": "llama", "intermediate_size": 32, "max_position_embeddings": 64, **SIZES}
@@ -135,7 +136,7 @@ def test_the_check_passes_with_dropout_and_leaves_the_generator_alone() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_loss_is_the_sum_over_learned_tokens(packing: bool, smoothing: float, tmp_path: Path) -> None:
     own = objective({"label_smoothing": smoothing}, packing=packing, seq_len=40)
-    data = own.prepare(rows_of(tmp_path, *PAIRS), None)
+    data = prepared(own, rows_of(tmp_path, *PAIRS), None)
     module = causal_lm.build(causal_lm.Config(**own.networks()["model"].config)).eval()
     batch = whole_batch(data.train)
     term = own.loss(own.turns[0], {"model": module}, batch)["loss"]
@@ -161,7 +162,7 @@ def test_loss_is_the_sum_over_learned_tokens(packing: bool, smoothing: float, tm
 
 def test_loss_in_bfloat16_is_summed_in_float32(tmp_path: Path) -> None:
     own = objective(seq_len=40)
-    batch = whole_batch(own.prepare(rows_of(tmp_path, *PAIRS), None).train)
+    batch = whole_batch(prepared(own, rows_of(tmp_path, *PAIRS), None).train)
     module: Any = causal_lm.build(causal_lm.Config(**own.networks()["model"].config)).to(torch.bfloat16).eval()
     with torch.no_grad():
         logits = module(input_ids=batch["input_ids"]).logits
@@ -176,10 +177,10 @@ def test_loss_in_bfloat16_is_summed_in_float32(tmp_path: Path) -> None:
 
 def test_padding_with_the_end_of_text_still_learns_the_end(tmp_path: Path) -> None:
     own = objective(seq_len=40)
-    own.prepare(rows_of(tmp_path, *PAIRS), None)
+    prepared(own, rows_of(tmp_path, *PAIRS), None)
     assert own.tokenizer is not None
     own.tokenizer.pad_token = own.tokenizer.eos_token
-    batch = whole_batch(own.prepare(rows_of(tmp_path, *PAIRS), None).train)
+    batch = whole_batch(prepared(own, rows_of(tmp_path, *PAIRS), None).train)
     end = own.tokenizer.eos_token_id
     assert (batch["labels"] == end).sum(1).tolist() == [1] * len(PAIRS)
     assert int((batch["input_ids"] == end).sum()) == int(batch["input_ids"].numel() - batch["lengths"].sum())
@@ -187,7 +188,7 @@ def test_padding_with_the_end_of_text_still_learns_the_end(tmp_path: Path) -> No
 
 def test_a_new_network_takes_the_tokenizer_s_figures(tmp_path: Path) -> None:
     own = objective()
-    own.prepare(rows_of(tmp_path, {"text": "the cat sat on the mat " * 9}), None)
+    prepared(own, rows_of(tmp_path, {"text": "the cat sat on the mat " * 9}), None)
     spec = own.networks()["model"]
     assert spec.type == "causal_lm"
     assert own.tokenizer is not None
@@ -208,7 +209,7 @@ def test_a_new_network_takes_the_tokenizer_s_figures(tmp_path: Path) -> None:
 def test_bad_settings(options: Any, network_spec: Any, data: Any, message: str, tmp_path: Path) -> None:
     own = objective(options, network_spec, **data)
     with pytest.raises(UserError, match=message):
-        own.prepare(rows_of(tmp_path, {"text": "the cat sat on the mat " * 9}), None)
+        prepared(own, rows_of(tmp_path, {"text": "the cat sat on the mat " * 9}), None)
 
 
 def test_a_network_must_be_named() -> None:
@@ -218,12 +219,12 @@ def test_a_network_must_be_named() -> None:
 
 def test_all_masked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing to learn .*rows.jsonl line 1"):
-        objective(seq_len=2).prepare(rows_of(tmp_path, *PAIRS), None)
+        prepared(objective(seq_len=2), rows_of(tmp_path, *PAIRS), None)
 
 
 def test_samples_are_a_function_of_the_generator(tmp_path: Path) -> None:
     own = objective({"sampling": {"max_new_tokens": 6}}, seq_len=40)
-    own.prepare(rows_of(tmp_path, *PAIRS), None)
+    prepared(own, rows_of(tmp_path, *PAIRS), None)
     module = causal_lm.build(causal_lm.Config(**own.networks()["model"].config)).eval()
 
     def texts(seed: int, **request: Any) -> list[str]:
@@ -245,7 +246,7 @@ def test_samples_are_a_function_of_the_generator(tmp_path: Path) -> None:
 def test_greedy_samples_equal_the_most_likely_tokens(tmp_path: Path) -> None:
     """With prompts of different lengths in one batch, so that padding and the cache are right."""
     own = objective({"sampling": {"max_new_tokens": 5, "temperature": 0}}, seq_len=40)
-    own.prepare(rows_of(tmp_path, *PAIRS), None)
+    prepared(own, rows_of(tmp_path, *PAIRS), None)
     tokenizer = own.tokenizer
     assert tokenizer is not None
     module: Any = network(own.networks()["model"].config)
@@ -265,7 +266,7 @@ def test_greedy_samples_equal_the_most_likely_tokens(tmp_path: Path) -> None:
 def test_restored_from_its_folder(tmp_path: Path) -> None:
     own = objective(seq_len=60)
     chat = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "the cat sat on the mat " * 2}]
-    own.prepare(rows_of(tmp_path, {"messages": chat}), None)
+    prepared(own, rows_of(tmp_path, {"messages": chat}), None)
     folder = tmp_path / "model"
     folder.mkdir()
     own.save_assets("model", folder)

@@ -16,6 +16,7 @@ from scaletrain.errors import UserError
 from scaletrain.networks.build import build
 from scaletrain.objectives.base import Request
 from scaletrain.objectives.gan import Config, Objective
+from tests.unit.objectives.prepared import prepared
 
 
 def objective(networks: dict[str, Any] | None = None, **options: Any) -> Objective:
@@ -110,7 +111,7 @@ def test_each_turn_gives_gradients_to_its_own_player() -> None:
 def test_energy_score_and_distance_are_those_of_scipy() -> None:
     distance = pytest.importorskip("scipy.spatial.distance")
     game = objective()
-    data = game.prepare(rows(2), rows(30))
+    data = prepared(game, rows(2), rows(30))
     assert data.eval is not None
     batch = data.eval.batch(range(30), np.zeros(30, np.uint64))
     networks, _, _ = parts()
@@ -131,7 +132,7 @@ def test_energy_score_and_distance_are_those_of_scipy() -> None:
 
 def test_networks_fit_the_data_and_samples_are_pictures() -> None:
     game = objective({"generator": {"config": {"features": 8}}, "critic": {"config": {"features": 8}}})
-    game.prepare(rows(5), None)
+    prepared(game, rows(5), None)
     networks = {name: build(name, spec) for name, spec in game.networks().items()}
     drawn = [game.sample(networks, Request(6, torch.Generator().manual_seed(1))).images for _ in range(2)]
     assert drawn[0] is not None
@@ -145,6 +146,6 @@ def test_contradictions_are_refused() -> None:
     with pytest.raises(UserError, match="real_target"):
         objective(loss="hinge", real_target=0.9)
     game = objective({"critic": {"config": {"height": 9}}})
-    game.prepare(rows(2), None)
+    prepared(game, rows(2), None)
     with pytest.raises(UserError, match=r"networks\.critic\.config\.height"):
         game.networks()

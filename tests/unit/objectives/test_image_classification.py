@@ -17,6 +17,7 @@ from scaletrain.data.tables import ArrayTable
 from scaletrain.errors import UserError
 from scaletrain.networks.build import build
 from scaletrain.objectives.image_classification import Config, Objective
+from tests.unit.objectives.prepared import prepared
 
 
 def objective(**options: Any) -> Objective:
@@ -47,7 +48,7 @@ def test_smoothed_cross_entropy_and_accuracy_are_sums_over_pictures() -> None:
 
 def test_the_network_is_told_shape_and_classes(tmp_path: Path) -> None:
     task = objective(size=16, channels=3, augment={"flip": True})
-    data = task.prepare(rows(["b", "a", "c"]), rows(["c"], side=20))
+    data = prepared(task, rows(["b", "a", "c"]), rows(["c"], side=20))
     spec = task.networks()["model"]
     assert (spec.type, spec.config) == ("cnn", {"channels": 3, "height": 16, "width": 16, "classes": 3})
     batch = data.train.batch([0, 2], np.zeros(2, np.uint64))
@@ -61,8 +62,8 @@ def test_the_network_is_told_shape_and_classes(tmp_path: Path) -> None:
 
 def test_labels_out_of_range_are_named() -> None:
     with pytest.raises(UserError, match="set row 1: `label` is 7, out of range"):
-        objective(num_classes=5).prepare(rows([0, 7]), None)
+        prepared(objective(num_classes=5), rows([0, 7]), None)
     with pytest.raises(UserError, match="set row 0: `label` is 2, out of range"):
-        objective().prepare(rows([0, 1]), rows([2]))
+        prepared(objective(), rows([0, 1]), rows([2]))
     with pytest.raises(UserError, match="the class of a picture"):
-        objective().prepare(Rows([ArrayTable("set", {"image": np.zeros((1, 12, 12), np.uint8)})]), None)
+        prepared(objective(), Rows([ArrayTable("set", {"image": np.zeros((1, 12, 12), np.uint8)})]), None)

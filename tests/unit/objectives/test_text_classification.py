@@ -14,6 +14,7 @@ from scaletrain.errors import UserError
 from scaletrain.networks import text_classifier
 from scaletrain.objectives.base import Request
 from scaletrain.objectives.text_classification import Config, Objective
+from tests.unit.objectives.prepared import prepared
 
 BERT = {
     "model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -52,7 +53,7 @@ def whole_batch(dataset: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_loss_and_accuracy_are_sums_over_texts(config: dict[str, Any], smoothing: float, tmp_path: Path) -> None:
     own = objective(config, label_smoothing=smoothing)
-    data = own.prepare(rows_of(tmp_path, *ROWS), rows_of(tmp_path, *ROWS[:5], name="eval.jsonl"))
+    data = prepared(own, rows_of(tmp_path, *ROWS), rows_of(tmp_path, *ROWS[:5], name="eval.jsonl"))
     assert data.eval is not None
     assert (len(data.train), len(data.eval)) == (12, 5)
     spec = own.networks()["model"]
@@ -84,7 +85,7 @@ def test_loss_and_accuracy_are_sums_over_texts(config: dict[str, Any], smoothing
 def test_it_learns_and_is_restored(tmp_path: Path) -> None:
     own = objective()
     rows = [{"text": f"{w} day", "label": i} for i, w in enumerate(["good", "bad"])] * 4
-    data = own.prepare(rows_of(tmp_path, *rows), None)
+    data = prepared(own, rows_of(tmp_path, *rows), None)
     torch.manual_seed(0)
     module: Any = text_classifier.build(text_classifier.Config(**own.networks()["model"].config))
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
@@ -141,9 +142,9 @@ def test_it_learns_and_is_restored(tmp_path: Path) -> None:
 )
 def test_bad_data_is_named(options: Any, train: Any, held: Any, message: str, tmp_path: Path) -> None:
     tokenizer = objective()
-    tokenizer.prepare(rows_of(tmp_path, *ROWS, name="good.jsonl"), None)
+    prepared(tokenizer, rows_of(tmp_path, *ROWS, name="good.jsonl"), None)
     own = objective(**options)
     own.tokenizer = tokenizer.tokenizer
     eval_rows = rows_of(tmp_path, *held, name="eval.jsonl") if held else None
     with pytest.raises(UserError, match=message):
-        own.prepare(rows_of(tmp_path, *train), eval_rows)
+        prepared(own, rows_of(tmp_path, *train), eval_rows)
