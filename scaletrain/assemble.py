@@ -64,7 +64,7 @@ def examples_of(objective: Objective[Any], parts: Sequence[Rows], held: Rows | N
     else:
         found = Mixture(sets, shares, labels) if shares else sets[0]
     facts = {"data.train": train.fingerprint, **objective.facts()}
-    return Data(found, objective.examples(held, False) if held is not None else None, facts)
+    return Data(found, objective.examples(held, False) if held is not None else None, facts, train.streaming)
 
 
 def _shares(objective: Objective[Any], sets: Sequence[Dataset]) -> Shares:

@@ -165,6 +165,10 @@ def run(
     ] = None,
     root: Root = Path("checkpoints"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Refuse to reuse a folder, instead of resuming.")] = False,
+    extend: Annotated[
+        bool,
+        typer.Option("--extend", help="Go on with a run that is finished, or whose data, duration or batch changed."),
+    ] = False,
     code: Code = None,
     verbose: Verbose = False,
 ) -> None:
@@ -175,13 +179,14 @@ def run(
       scaletrain run quickstart
       scaletrain run gan/dcgan data.train=photos/ --run photos
       scaletrain run quickstart stages.teacher.train.duration='500 steps'
+      scaletrain run lm/lora ... train.duration='6 epochs' --extend
       scaletrain run mine.yaml --code my_objective.py
     """
     recipe = _load(name, overrides, code)
     from scaletrain.catalog import run_name
     from scaletrain.runs import train
 
-    train(recipe, run_name(name) if run is None else run, root, fresh)
+    train(recipe, run_name(name) if run is None else run, root, fresh, extend=extend)
 
 
 @_command
@@ -256,19 +261,39 @@ def evaluate(
 def verify(run: RunFolder, root: Root = Path("checkpoints"), verbose: Verbose = False) -> None:
     """Check every checkpoint of a run; exit status 1 if one is damaged."""
     from scaletrain.catalog import find_run
-    from scaletrain.checkpoint import layout, reader
+    from scaletrain.checkpoint import layout
+    from scaletrain.checkpoint.integrity import verify as faults_of
 
     folder = find_run(run, root)
     found = layout.checkpoints(folder)
     if not found:
         raise UserError(f"{folder} has no checkpoints.")
-    faults = {checkpoint: reader.verify(checkpoint) for checkpoint in found}
+    faults = {checkpoint: faults_of(checkpoint) for checkpoint in found}
     for checkpoint, wrong in faults.items():
         print(f"{checkpoint}: {'ok' if not wrong else 'DAMAGED'}")
         for line in wrong:
             print(f"  {line}")
     if any(faults.values()):
         raise typer.Exit(1)
+
+
+@_command
+def inspect(
+    run: Annotated[str, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder or its name, or a checkpoint.")],
+    json: Annotated[bool, typer.Option("--json", help="Print everything, for programs.")] = False,
+    root: Root = Path("checkpoints"),
+    verbose: Verbose = False,
+) -> None:
+    """Tell what a checkpoint holds, or a run's newest one: step, networks, players, position, bytes."""
+    from scaletrain.catalog import find_run
+    from scaletrain.checkpoint.describe import as_text, describe
+    from scaletrain.checkpoint.layout import MANIFEST
+
+    found = describe(Path(run) if (Path(run) / MANIFEST).is_file() else find_run(run, root))
+    if json:
+        _print_json(found)
+    else:
+        print(as_text(found))
 
 
 @_command

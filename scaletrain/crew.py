@@ -9,6 +9,7 @@ from typing import Any
 from scaletrain.callbacks.base import Plan
 from scaletrain.config import Stage
 from scaletrain.data.loader import Layout
+from scaletrain.data.stream import Stream
 from scaletrain.engine.base import Engine
 from scaletrain.objectives.base import Data, Objective
 from scaletrain.player import Player
@@ -22,8 +23,16 @@ class Progress:
     """Steps of this stage that are done."""
     first_step: int = 0
     """Steps of the run before this stage."""
-    examples: int = 0
-    """To train on, in all: other data is another run."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of what the examples are made of: other data is another run."""
+    batch: list[int] = field(default_factory=list)
+    """Samples of a global batch and of a micro-batch: the lanes of the data."""
+    cursors: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Of a stream: where each lane stands, by number."""
+    skipped: list[int] = field(default_factory=list)
+    """Windows of the data that are not trained on, since they led to a rollback."""
+    history: dict[str, list[list[float]]] = field(default_factory=dict)
+    """By turn: the last losses and gradient norms, that spikes are told by."""
     complete: bool = False
     best: float | None = None
     """The best value of `evaluate.metric` so far."""
@@ -73,6 +82,7 @@ def plan(
         precision=stage.recipe.train.precision,
         device=device,
         train_examples=len(crew.data.train),
+        streamed=isinstance(crew.data.train, Stream),
         eval_examples=len(crew.data.eval) if crew.data.eval else 0,
         bytes=memory,
         unit=crew.objective.throughput,

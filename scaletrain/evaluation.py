@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +23,15 @@ def evaluate(
     dataset: Dataset | None,
     recipe: Recipe,
     world: World,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Return each term of the evaluation set, summed over ranks and divided once; nothing without such a set."""
+    """Return each term of the evaluation set, summed over ranks and divided once; nothing without such a set.
+
+    beat: called at each batch.
+    """
     if dataset is None:
         return {}
-    share = world.agree(lambda: _share(objective, networks, dataset, recipe, world))
+    share = world.agree(lambda: _share(objective, networks, dataset, recipe, world, beat))
     shares = world.gather(share)
     units = {k: v for share in shares for k, v in share[2].items()}
     weights = {k: v for share in shares for k, v in share[3].items()}
@@ -46,6 +50,7 @@ def _share(
     dataset: Dataset,
     recipe: Recipe,
     world: World,
+    beat: Callable[[], None],
 ) -> tuple[dict[str, float], dict[str, int], dict[str, str], dict[str, float]]:
     """Return this rank's sums of terms, counts of units, the unit of each term and its weight."""
     sums: dict[str, torch.Tensor] = {}
@@ -53,6 +58,7 @@ def _share(
     weights: dict[str, float] = {}
     counts: dict[str, int] = {}
     for micro in passes(dataset, _batch_size(recipe), world.size, world.rank):
+        beat()
         torch.manual_seed(key_of(recipe.seed, "evaluate", micro.number))
         tensors = {name: tensor.to(world.device) for name, tensor in micro.tensors.items()}
         with torch.no_grad(), autocast(world.device, recipe.train.precision):

@@ -50,9 +50,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one update came to. `stepped` is false when the loss scaler found an overflow, on every rank alike."""
+    """What one update came to, on every rank alike.
+
+    stepped: whether the weights were changed. finite: whether the gradients were finite.
+    """
 
     stepped: bool
+    finite: bool
     grad_norm: float
     scale: float = 1.0
 

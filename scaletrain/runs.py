@@ -23,6 +23,7 @@ from scaletrain.callbacks.pictures import SampleFolder
 from scaletrain.callbacks.progress import Progress as ProgressLine
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.layout import METRICS, RECIPE, SUMMARY, checkpoints
+from scaletrain.checkpoint.remote import Remote
 from scaletrain.checkpoint.writer import set_aside
 from scaletrain.config import NetworkSpec, Recipe, Stage
 from scaletrain.crew import Progress
@@ -30,6 +31,7 @@ from scaletrain.data.loader import Layout
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
 from scaletrain.finished import report_on
+from scaletrain.guard import Rollback
 from scaletrain.objectives.base import Data, Objective
 from scaletrain.recipe import check, load, objective_of, resolved_yaml, stages
 from scaletrain.shelf import Shelf
@@ -39,15 +41,26 @@ from scaletrain.trainer import Trainer
 
 log = logging.getLogger("scaletrain")
 
-_MAY_CHANGE = ("log", "checkpoint.every", "checkpoint.keep", "evaluate.samples", "evaluate.batch", "data.workers")
+_SAVING = ("every", "minutes", "keep", "keep_every", "asynchronous", "remote")
+_MAY_CHANGE = (
+    "log", *(f"checkpoint.{key}" for key in _SAVING), "evaluate.samples", "evaluate.batch", "data.workers",
+)  # fmt: skip
 """Keys that may differ between a run and its continuation: they change nothing that is learned."""
+_MAY_EXTEND = ("train.", "data.", "players.", "evaluate.", "checkpoint.")
+"""What may differ, too, when the user says --extend."""
 
 
 def train(
-    recipe: Recipe, name: str, root: Path, fresh: bool = False, observers: Sequence[Observer] | None = None
+    recipe: Recipe,
+    name: str,
+    root: Path,
+    fresh: bool = False,
+    observers: Sequence[Observer] | None = None,
+    extend: bool = False,
 ) -> Path:
     """Train all stages of a recipe in `root/name`, from the newest checkpoint there if there is one.
 
+    extend: go on although the run is finished, or its data, batch or duration are no longer what it was begun with.
     observers: told of the run on rank 0; by default those of `scaletrain.callbacks`. Returns the run folder. Raises
     UserError before anything is written when the recipe, the data or the folder is wrong, and Interrupted when a
     signal stopped the run after it saved.
@@ -56,7 +69,7 @@ def train(
     world = World.start()
     try:
         with StopSignals() as signals:
-            return _Run(recipe, root / name, world, observers).train(fresh, signals)
+            return _Run(recipe, root / name, world, observers, extend).train(fresh, signals)
     finally:
         world.close()
 
@@ -77,12 +90,21 @@ def validate(recipe: Recipe) -> dict[str, int]:
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, folder: Path, world: World, observers: Sequence[Observer] | None):
-        self.recipe, self.folder, self.world = recipe, folder, world
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        world: World,
+        observers: Sequence[Observer] | None,
+        extend: bool = False,
+    ):
+        self.recipe, self.folder, self.world, self.extend = recipe, folder, world, extend
         self.stages = stages(recipe)
         self.names = tuple(stage.name for stage in self.stages)
         self.shelf = Shelf(folder)
         self.given = observers
+        saving = recipe.checkpoint
+        self.remote = Remote(saving.remote, folder, saving.keep) if saving.remote else None
         self.observers: list[Observer] = []
         self.opened = False
 
@@ -95,12 +117,13 @@ class _Run:
         status = "failed"
         metrics: dict[str, float] = {}
         done = reader.manifest(latest) if latest else None
-        first = self.names.index(done["stage"]) + done["complete"] if done else 0
+        again = self.extend and done is not None and done["stage"] == self.names[-1]  # the last stage, though complete
+        first = self.names.index(done["stage"]) + (done["complete"] and not again) if done else 0
         try:
             if first == len(self.stages):
                 self.world.agree(self._open_folder)  # nothing is left but the report
             for stage in self.stages[first:]:
-                saved = latest if done and not done["complete"] and stage.name == done["stage"] else None
+                saved = latest if done and stage.name == done["stage"] and (again or not done["complete"]) else None
                 metrics = self._stage(stage, saved, signals)
             self._report()
             status = "done"
@@ -113,7 +136,9 @@ class _Run:
         return self.folder
 
     def _close(self, status: str, metrics: Mapping[str, float], seconds: float) -> None:
-        """Write the summary and the curves; a full disk is told and hides no other error."""
+        """Wait for copies, write the summary and the curves; a full disk is told and hides no other error."""
+        if self.remote:
+            self.remote.finish()
         try:
             for observer in self.observers:
                 observer.end()
@@ -123,20 +148,29 @@ class _Run:
 
     def _look(self, fresh: bool) -> Path | None:
         """Look at what stands in the folder, before anything is written. Returns the checkpoint to go on from."""
-        if fresh and self.folder.exists():
-            raise UserError(f"--fresh: {self.folder} exists already. Choose another --run NAME, or remove it.")
+        if fresh and (self.folder.exists() or (self.remote and self.remote.exists())):
+            place = self.folder if self.folder.exists() else f"{self.recipe.checkpoint.remote}/{self.folder.name}"
+            raise UserError(f"--fresh: {place} exists already. Choose another --run NAME, or remove it.")
         _probe(self.folder)
         path = self.folder / RECIPE
-        if path.exists():
-            differing = _differences(load(str(path), []).model_dump(mode="json"), self.recipe.model_dump(mode="json"))
-            if differing and checkpoints(self.folder):
-                raise UserError(
-                    f"{self.folder} belongs to another recipe; these keys differ: {', '.join(differing)}. "
-                    f"Give this run a name of its own with --run NAME."
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        if path.exists() and checkpoints(self.folder):
+            self._check_recipe(path)
+        elif not path.exists() and self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is not a run folder and is not empty. Choose another --run NAME.")
+        if self.remote and not checkpoints(self.folder):
+            self.remote.fetch(self._check_recipe)
         return reader.newest(self.folder)
+
+    def _check_recipe(self, path: Path) -> None:
+        """Raise UserError when a run was begun with another recipe, but for what may differ."""
+        differing = _differences(load(str(path), []).model_dump(mode="json"), self.recipe.model_dump(mode="json"))
+        fixed = [key for key in differing if not (self.extend and key.startswith(_MAY_EXTEND))]
+        if fixed:
+            way = ", or say --extend to go on with them" if all(k.startswith(_MAY_EXTEND) for k in fixed) else ""
+            raise UserError(
+                f"{self.folder} belongs to another recipe; these keys differ: {', '.join(fixed)}. "
+                f"Give this run a name of its own with --run NAME{way}."
+            )
 
     def _open_folder(self) -> None:
         """Write the first files of the run, now that recipe, data and networks are known to be good."""
@@ -156,6 +190,8 @@ class _Run:
         temporary.replace(self.folder / RECIPE)
         own = (MetricsLog(self.folder / METRICS), SampleFolder(self.folder / "samples"), ProgressLine())
         self.observers += [*trackers, *own] if self.given is None else self.given
+        if self.remote:
+            self.remote.send()  # what an earlier attempt could not
         self.opened = True
 
     def prepare(self, stage: Stage) -> tuple[Objective[Any], Data, dict[str, NetworkSpec]]:
@@ -170,33 +206,93 @@ class _Run:
         return objective, data, specs
 
     def _stage(self, stage: Stage, saved: Path | None, signals: StopSignals) -> dict[str, float]:
-        """Build everything of one stage and train it. Returns its last evaluation."""
+        """Train one stage, from its checkpoint if it has one. Returns its last evaluation."""
+        skipped: list[int] = []
+        while True:
+            trainer = self._build(stage, saved, skipped, signals)
+            try:
+                trainer.fit(signals)
+                return trainer.metrics
+            except Rollback as error:
+                skipped = sorted({*trainer.progress.skipped, *error.windows})
+                going = error.record()
+            del trainer  # its networks, before others are built
+            saved = self.world.on_main(lambda: self._newest_of(stage))
+            back = int(reader.manifest(saved)["step"]) if saved else self._first_step(stage)
+            if self.world.main:
+                rewind(self.folder / METRICS, back)
+                for observer in self.observers:
+                    observer.noted(back, {**going, "step": back, "stage": stage.name})
+
+    def _build(self, stage: Stage, saved: Path | None, skipped: list[int], signals: StopSignals) -> Trainer:
+        """Build everything of one stage, as `saved` has it. skipped: windows of the data that are passed over."""
         objective, data, specs = self.prepare(stage)
+        progress = Progress(first_step=self._first_step(stage), facts=dict(data.facts))
+        if saved:
+            progress = Progress(**reader.state(saved)["progress"])
+            self._check_facts(progress, data, stage)
+        progress.skipped = sorted({*progress.skipped, *skipped})
         networks = self.world.agree(
             lambda: build_networks(specs, self.shelf, saved, self.world.device, stage.recipe.seed, stage.name)
         )
-        progress = Progress(first_step=self._first_step(stage), examples=len(data.train))
-        if saved:
-            progress = Progress(**reader.state(saved)["progress"])
-            if progress.examples != len(data.train):
-                raise UserError(
-                    f"data.train has {len(data.train):,} examples; this run has been trained on {progress.examples:,}. "
-                    "Go on with the same data, or start a run of its own with --run NAME."
-                )
-        snapshot = Snapshot(self.folder, self.names, specs, self.world)
+        snapshot = Snapshot(self.folder, self.names, specs, self.world, stage.recipe.checkpoint, self.remote)
         trainer = self.world.agree(
             lambda: Trainer.build(stage, objective, data, networks, progress, snapshot, self.observers, self.world)
         )
-        trainer.check_metrics()
+        if self.extend and progress.complete:
+            if progress.step >= trainer.steps:
+                raise UserError(
+                    f"--extend: {progress.step:,} steps are done and train.duration comes to {trainer.steps:,}: give a "
+                    "longer one."
+                )
+            progress.complete = False
+        trainer.evaluator.check()
         if self.world.total([float(signals.asked)])[0]:
             raise Interrupted("stopped before a step was taken; run the same command again.")
         self.world.agree(self._open_folder)
         if self.world.main:
             rewind(self.folder / METRICS, progress.first_step + progress.step)
         if saved:
+            rates = {name: player["lr"] for name, player in reader.state(saved)["players"].items()}
             snapshot.restore(saved, trainer.crew)
-        trainer.fit(signals)
-        return trainer.metrics
+            if self.extend and self.world.main:
+                self._say_extended(trainer, rates)
+        return trainer
+
+    def _say_extended(self, trainer: Trainer, rates: Mapping[str, float]) -> None:
+        """Say what going on means for the learning rates and the order of the data."""
+        for name, player in trainer.players.items():
+            player.set_lr()
+            now, kind = player.optimizer.param_groups[0]["lr"], player.schedule.spec.type
+            log.warning(
+                "--extend: player %s goes on at update %s of its %s schedule over %s updates: lr %.3g, after %.3g",
+                *(name, f"{player.updates:,}", kind, f"{player.schedule.total:,}", now, rates[name]),
+            )
+        steps = trainer.steps
+        log.warning("--extend: the stage ends at step %s; the data go on at their position", f"{steps:,}")
+
+    def _check_facts(self, progress: Progress, data: Data, stage: Stage) -> None:
+        """Raise UserError when the examples are no longer made of what they were, unless that was asked for."""
+        then, now = progress.facts, data.facts
+        changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        if changed and not self.extend:
+            raise UserError(
+                f"{' and '.join(changed)} changed since {self.folder} was begun (the fingerprints differ). Go on with "
+                "what it was begun with, start a run of its own with --run NAME, or say --extend to go on with this."
+            )
+        if changed:
+            log.warning(
+                "--extend: %s changed; the run goes on at its position in what is there now", " and ".join(changed)
+            )
+            progress.facts, progress.cursors = dict(now), {}
+        batch, micro = stage.recipe.train.global_batch, stage.recipe.train.micro_batch
+        if self.extend and progress.batch != [batch, micro or progress.batch[1]]:
+            progress.batch, progress.cursors = [], {}
+
+    def _newest_of(self, stage: Stage) -> Path | None:
+        """Return the newest checkpoint that verifies, if it is of this stage."""
+        found = reader.newest(self.folder) if checkpoints(self.folder) else None
+        return found if found and reader.manifest(found)["stage"] == stage.name else None
 
     def _first_step(self, stage: Stage) -> int:
         """Return at which step of the run a stage begins."""

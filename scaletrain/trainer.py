@@ -14,7 +14,7 @@ while step < steps:
                 engine.backward(player, world · Σ weight · sum / counts[per])
             outcome = engine.update(player)               # unscale, agree on overflow across ranks, clip, step
             if outcome.stepped: schedule, EMA, player.updates advance; objective.after_update(player)
-            else: player.skipped += 1 (fp16), or stop and name the samples
+            else: player.skipped += 1                     # and, unless loss scaling may help: stop, skip or roll back
     step += 1
     observers are told; evaluate, sample, checkpoint when due; stop when all ranks agree (signal, patience)
 """
@@ -23,32 +23,34 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from scaletrain.assemble import build_players, recompute
 from scaletrain.callbacks.base import Observer
-from scaletrain.config import Duration, EvaluateSpec, Stage
+from scaletrain.config import Duration, Stage, TrainSpec
 from scaletrain.crew import Crew, Progress, plan
-from scaletrain.data.dataset import First
 from scaletrain.data.loader import Failure, Layout, Micro, Windows
+from scaletrain.data.mixture import Mixture
 from scaletrain.data.order import key_of
+from scaletrain.data.stream import Cursor, Stream
 from scaletrain.engine.data_parallel import DataParallel
-from scaletrain.engine.hardware import flops_per_token, peak_flops
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
-from scaletrain.errors import Interrupted, UserError, agreed, did_you_mean
-from scaletrain.evaluation import evaluate
-from scaletrain.objectives.base import Data, Objective, Request
+from scaletrain.errors import Interrupted, UserError, agreed
+from scaletrain.evaluator import Evaluator
+from scaletrain.guard import Rollback, Spikes
+from scaletrain.meter import Meter
+from scaletrain.objectives.base import Data, Objective
 from scaletrain.player import Player, Term, Turn
-from scaletrain.position import steps_of, windows_before
+from scaletrain.position import next_window, steps_of, windows_before
 from scaletrain.signals import StopSignals
 from scaletrain.snapshot import Snapshot
+from scaletrain.watchdog import Watchdog
 
 log = logging.getLogger("scaletrain")
 
@@ -72,17 +74,25 @@ class Trainer:
         self.snapshot, self.observers, self.world = snapshot, observers, world
         self.objective, self.engine, self.players = crew.objective, crew.engine, crew.players
         self.turns = self.objective.turns
-        self.layout = Layout.derive(recipe.train.global_batch, recipe.train.micro_batch, world.size, world.rank)
+        self.layout = self._layout(recipe.train)
         self.steps = self._interval(recipe.train.duration)
         save, judge = recipe.checkpoint.every, recipe.evaluate.every
         self.save_every = self._interval(save) if save else max(1, self.steps // 10)
         self.evaluate_every = self._interval(judge) if judge else self.steps
+        keep = recipe.checkpoint.keep_every
+        self.keep_every = self._interval(keep) if keep else None
         self.metrics: dict[str, float] = {}
-        self._peak = peak_flops(world.device, recipe.train.precision)
-        self._flops = flops_per_token(self.engine.plain().values())
+        self._meter = Meter(self.objective.throughput, self.engine.plain().values(), recipe.train.precision, world)
+        self._spikes = {
+            turn.name: Spikes(recipe.train.guard, progress.history.setdefault(turn.name, []))
+            for turn in (self.turns if recipe.train.guard.spike != "off" else ())
+        }
+        self.evaluator = Evaluator(stage, crew, progress, world, self._tell)
+        self._cursors: dict[int, Cursor] = {}
         self._stop = False
+        self._due = False
         self._cannot_tell = False
-        self._begin_throughput()
+        self._begun = progress.step
 
     @classmethod
     def build(
@@ -110,26 +120,56 @@ class Trainer:
         engine.prepare(players.values(), networks)
         return cls(stage, Crew(objective, data, engine, players), progress, snapshot, observers, world)
 
+    def _layout(self, spec: TrainSpec) -> Layout:
+        """Return how the global batch is cut: as before, where the recipe leaves it open and it still divides."""
+        before, world = self.progress.batch, self.world
+        kept = before[1] if before and before[0] % (before[1] * world.size) == 0 else None
+        layout = Layout.derive(spec.global_batch, spec.micro_batch or kept, world.size, world.rank)
+        now = [layout.global_batch, layout.micro_batch]
+        if before and before != now and self.crew.data.streamed:
+            raise UserError(
+                f"this run reads its stream for micro-batches of {before[1]}, and {world.size} process(es) would have "
+                f"{now[1]}. Go on with as many as before; a run begun with a smaller train.micro_batch may change them."
+            )
+        self.progress.batch = now
+        return layout
+
     def _interval(self, duration: Duration) -> int:
         return steps_of(duration, self.turns, self.crew.data, self.recipe.train.global_batch)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def fit(self, signals: StopSignals) -> None:
-        """Train to the end of the stage. Raises Interrupted after saving when a signal asked to stop."""
-        progress = self.progress
-        order = (self._data_seed, self.stage.name)
-        window = windows_before(self.turns, progress.step)
-        workers, pin = self.recipe.data.workers, self.world.device.type == "cuda"
-        self._windows = Windows(self.crew.data.train, self.layout, order, window, workers, pin)
+        """Train to the end of the stage.
+
+        Raises Interrupted after saving when a signal asked to stop, and Rollback where the recipe asks for one.
+        """
+        progress, spec = self.progress, self.recipe.data
+        self._windows = Windows(
+            self.crew.data.train,
+            self.layout,
+            (self._data_seed, self.stage.name),
+            next_window(windows_before(self.turns, progress.step), progress.skipped),
+            spec.workers,
+            self.world.device.type == "cuda",
+            {int(lane): cursor for lane, cursor in progress.cursors.items()},
+            progress.skipped,
+            spec.shuffle,
+        )
         begun = plan(
             self.stage, self.snapshot.stages, self.crew, progress, self.layout, self.steps, self.world.device.type
         )
         self._tell("begin", begun)
+        self._meter.restart(progress.seen)
+        minutes = self.recipe.train.watchdog
+        stacks = self.snapshot.root / "stacks" / f"rank-{self.world.rank}.txt"
         try:
-            self._loop(signals)
-        except UserError as error:
-            error.agreed = bool(error.agreed)  # the loop is where one process can fail alone
+            with Watchdog(60 * minutes if minutes else None, stacks) as self._watchdog:
+                self._loop(signals)
+        except Exception as error:
+            self.snapshot.close()
+            if isinstance(error, UserError):
+                error.agreed = bool(error.agreed)  # the loop is where one process can fail alone
             raise
         finally:
             del self._windows  # ends its workers
@@ -164,11 +204,12 @@ class Trainer:
         """Take a turn once: one window, one update. Returns figures for the log where this step is logged."""
         player, device = self.players[turn.player], self.world.device
         networks = self.engine.view(player)
-        micros, counts = self._next(turn, signals)
+        micros, counts = self._next(turn, repeat, signals)
         sums: dict[str, torch.Tensor] = {}
         terms: dict[str, Term] = {}
         losses = []
         for micro in micros:
+            self._watchdog.beat()
             torch.manual_seed(
                 key_of(self.recipe.seed, self.stage.name, self.progress.step, turn.name, repeat, micro.number)
             )
@@ -183,18 +224,21 @@ class Trainer:
             if logged:
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0) + term.sum.detach().float()
-        hopeless = player.scaler is None or player.scaler.exhausted  # then an overflow is not a matter of scaling
-        outcome = self.engine.update(player)
+        scaled = (
+            player.scaler is not None and not player.scaler.exhausted
+        )  # then an overflow may be a matter of scaling
+        found: list[str] = []
+        outcome = self.engine.update(player, partial(self._admit, turn, losses, found))
         self.engine.synchronise_statistics()
         if outcome.stepped:
             player.updates += 1
             if player.ema:
                 player.ema.update(player.updates)
             self.objective.after_update(player, self.engine.plain())
-        elif hopeless:
-            self._explain(turn, player, micros, losses)
         else:
             player.skipped += 1
+            if outcome.finite or not scaled:
+                self._refuse(turn, player, micros, losses, found)
         if not logged:
             return {}
         totals = self.world.total(torch.stack(list(sums.values())).tolist())
@@ -202,10 +246,12 @@ class Trainer:
         figures.setdefault("loss", sum(terms[name].weight * value for name, value in figures.items()))
         figures |= {"grad_norm": outcome.grad_norm, "lr": player.optimizer.param_groups[0]["lr"]}
         if player.scaler:
-            figures |= {"scale": outcome.scale, "skipped": player.skipped}
+            figures["scale"] = outcome.scale
+        if player.skipped:
+            figures["skipped"] = player.skipped
         return figures if len(self.turns) == 1 else {f"{turn.name}/{k}": v for k, v in figures.items()}
 
-    def _next(self, turn: Turn, signals: StopSignals) -> tuple[list[Micro], dict[str, int]]:
+    def _next(self, turn: Turn, repeat: int, signals: StopSignals) -> tuple[list[Micro], dict[str, int]]:
         """Return the next window and the global counts. One small sum over ranks carries errors and signals too."""
         window = next(self._windows)
         micros: list[Micro] = [] if isinstance(window, Failure) else window
@@ -219,11 +265,18 @@ class Trainer:
             failure = str(error)
         units = sorted(own)
         stop = signals.asked or self._cannot_tell
-        vector = [float(bool(failure)), float(stop), *(float(own[u]) for u in units)]
-        failures, stops, *totals = self.world.total(vector + [0.0] * (2 + _MAX_UNITS - len(vector)))
+        flags = [float(f) for f in (bool(failure), stop, self.snapshot.failed, self.snapshot.due)]
+        vector = [*flags, *(float(own[u]) for u in units)]
+        failures, stops, unsaved, due, *totals = self.world.total(vector + [0.0] * (4 + _MAX_UNITS - len(vector)))
         if failures:
-            raise agreed(UserError(next(message for message in self.world.gather(failure) if message)))
-        self._stop = self._stop or stops > 0
+            message = next(message for message in self.world.gather(failure) if message)
+            if turn is self.turns[0] and repeat == 0 and self.progress.step > self._begun:
+                self._save(wait=True)
+                message += f" What was trained until step {self.global_step:,} is saved; the same command goes on."
+            raise agreed(UserError(message))
+        if unsaved:
+            self.snapshot.finish()
+        self._stop, self._due = self._stop or stops > 0, self._due or due > 0
         counts = dict(zip(units, map(int, totals), strict=False))
         if 0 in counts.values():
             empty = next(unit for unit, number in counts.items() if number == 0)
@@ -235,25 +288,48 @@ class Trainer:
                     f"({', '.join(names[:8])}). Check the data's labels and masks, or raise train.global_batch."
                 )
             )
+        self._cursors |= {micro.number: micro.cursor for micro in micros if micro.cursor is not None}
         if turn is self.turns[0]:
             for unit, number in {"samples": self.recipe.train.global_batch, **counts}.items():
                 self.progress.seen[unit] = self.progress.seen.get(unit, 0) + number
         return micros, counts
 
-    def _explain(self, turn: Turn, player: Player, micros: list[Micro], losses: list[torch.Tensor]) -> None:
-        """Stop on every rank, before the update, and say where the first value that is not finite came from."""
-        bad = [micro for micro, loss in zip(micros, losses, strict=True) if not math.isfinite(float(loss))]
+    def _admit(self, turn: Turn, losses: Sequence[torch.Tensor], found: list[str], norm: float) -> bool:
+        """Say whether an update may be made; notes in `found` what is wrong with it."""
+        if turn.name not in self._spikes:
+            return True
+        (loss,) = self.world.total([float(torch.stack([*losses]).sum())])
+        fault = self._spikes[turn.name].find(loss, norm)
+        found += [fault] if fault else []
+        return not fault
+
+    def _refuse(
+        self, turn: Turn, player: Player, micros: list[Micro], losses: list[torch.Tensor], found: list[str]
+    ) -> None:
+        """Do, on every rank, what the recipe says about an update that was not made, and say where it came from."""
+        guard = self.recipe.train.guard
+        policy = guard.spike if found else guard.nonfinite
+        bad = [micro for micro, loss in zip(micros, losses, strict=True) if found or not math.isfinite(float(loss))]
         names = [self.crew.data.train.name(e) for micro in bad for e in micro.examples]
-        found = [(rank, n) for rank, n in enumerate(self.world.gather(names)) if n]
-        where = "; ".join(f"rank {rank}: {', '.join(n[:16])}" for rank, n in found)
-        cause = f"the loss is not finite ({where})" if found else "the loss is finite, a gradient is not"
-        raise agreed(
-            UserError(
-                f"step {self.global_step}, stage {self.stage.name}, turn {turn.name}: {cause}. Nothing was updated. "
-                f"Look at these samples; or lower players.{player.name}.optimizer.lr, or set "
-                f"players.{player.name}.clip, in a run of its own (--run NAME)."
+        held = [(rank, n) for rank, n in enumerate(self.world.gather(names)) if n]
+        where = "; ".join(f"rank {rank}: {', '.join(n[:16])}" for rank, n in held)
+        if found:
+            cause = f"{found[0]} ({where})"
+        else:
+            cause = f"the loss is not finite ({where})" if held else "the loss is finite, a gradient is not"
+        text = f"step {self.global_step}, stage {self.stage.name}, turn {turn.name}: {cause}."
+        if policy == "skip":
+            record = {"kind": "skip", "step": self.global_step + 1, "stage": self.stage.name, "reason": text}
+            self._tell("noted", self.global_step + 1, record)
+        elif policy == "rollback" and len(self.progress.skipped) < guard.rollbacks:
+            raise Rollback(text, self.global_step, (micros[0].window,))
+        else:
+            raise agreed(
+                UserError(
+                    f"{text} Nothing was updated. Look at these samples; or lower players.{player.name}.optimizer.lr, "
+                    f"or set players.{player.name}.clip, in a run of its own (--run NAME)."
+                )
             )
-        )
 
     # --- between steps ------------------------------------------------------------------------------------------------
 
@@ -262,97 +338,31 @@ class Trainer:
         last = progress.step == self.steps
         is_best = False
         if last or progress.step % self.evaluate_every == 0:
-            is_best = self._judge(self._evaluate())
+            found = self.evaluator.run(self.global_step, self._watchdog.beat)
+            self.metrics = found or self.metrics
+            is_best = self.evaluator.judge(found)
             patience = recipe.evaluate.patience
             progress.complete = patience is not None and progress.waited >= patience
+            self._meter.restart(progress.seen)
         progress.complete = progress.complete or last
-        if progress.complete or self._stop or is_best or progress.step % self.save_every == 0:
-            started = time.monotonic()
-            self.snapshot.save(self.global_step, self.stage, self.crew, self.progress, is_best)
-            self._tell("saved", self.global_step, time.monotonic() - started)
-            self._begin_throughput()
+        kept = self.keep_every is not None and progress.step % self.keep_every == 0
+        wait = progress.complete or self._stop
+        if wait or is_best or kept or self._due or progress.step % self.save_every == 0:
+            self._save(wait, is_best, kept)
         if self._stop and not progress.complete:
             raise Interrupted(f"stopped at step {self.global_step:,} and saved; run the same command again to go on.")
 
-    def check_metrics(self) -> None:
-        """Raise UserError when patience, `plateau` or `checkpoint.best` would look at a metric that there is not.
-
-        What there is, is known from one batch: better now than after the training.
-        """
-        spec, best, held = self.recipe.evaluate, self.recipe.checkpoint.best, self.crew.data.eval
-        looked_at = spec.patience or self._listens or (held is not None and spec.metric != "loss")
-        wanted = {"evaluate.metric": spec.metric} if looked_at else {}
-        wanted |= {"checkpoint.best": best} if best else {}
-        if not wanted:
-            return
-        if held is None:
-            raise UserError(
-                f"`{next(iter(wanted))}`, evaluate.patience and plateau look at evaluations, and there is no data for "
-                "them: give data.eval or data.holdout."
-            )
-        with self._at_rest() as networks:
-            found = evaluate(self.objective, networks, First(held, 2 * self.world.size), self.recipe, self.world)
-        for key, name in wanted.items():
-            if name not in found:
-                raise UserError(f"`{key}`: there is no metric `{name}`.{did_you_mean(name, found)}")
-
-    def _judge(self, metrics: dict[str, float]) -> bool:
-        """Take note of an evaluation. Returns whether it is the best one by `checkpoint.best`."""
-        progress, spec, best = self.progress, self.recipe.evaluate, self.recipe.checkpoint.best
-        if spec.metric in metrics:  # where something looks at it, it is: see check_metrics
-            value = metrics[spec.metric]
-            better = progress.best is None or EvaluateSpec.better(spec.metric, value, progress.best)
-            progress.best, progress.waited = (value, 0) if better else (progress.best, progress.waited + 1)
-            for player in self.players.values():
-                player.schedule.observe(better)
-        if best is None:
-            return False
-        if progress.best_saved is None or EvaluateSpec.better(best, metrics[best], progress.best_saved):
-            progress.best_saved = metrics[best]
-            return True
-        return False
-
-    def _evaluate(self) -> dict[str, float]:
-        """Evaluate and draw samples with averaged weights where there are any."""
-        with self._at_rest() as networks:
-            metrics = evaluate(self.objective, networks, self.crew.data.eval, self.recipe, self.world)
-            if metrics:
-                self.metrics = metrics
-                record = {"kind": "evaluate", "step": self.global_step, "stage": self.stage.name, **metrics}
-                self._tell("evaluated", self.global_step, record)
-            if self.recipe.evaluate.samples:
-                self.world.on_main(lambda: self._sample(networks))
-        self._begin_throughput()
-        return metrics
-
-    def _sample(self, networks: Mapping[str, torch.nn.Module]) -> None:
-        """Draw the same samples, as it were, at every evaluation: from the same noise."""
-        generator = torch.Generator(self.world.device).manual_seed(key_of(self.recipe.seed, "samples"))
-        samples = self.objective.sample(networks, Request(self.recipe.evaluate.samples, generator))
-        if samples is not None:
-            self._tell("sampled", self.global_step, samples)
-
-    @contextmanager
-    def _at_rest(self) -> Iterator[Mapping[str, torch.nn.Module]]:
-        """The plain networks in evaluation mode, with averaged weights, without gradients."""
-        networks = self.engine.plain()
-        training = {name: module.training for name, module in networks.items()}
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for player in self.players.values():
-                if player.ema:
-                    stack.enter_context(player.ema.swapped())
-            for module in networks.values():
-                module.eval()
-            try:
-                yield networks
-            finally:
-                for name, module in networks.items():
-                    module.train(training[name])
-
-    @property
-    def _listens(self) -> bool:
-        return any(player.schedule.spec.type == "plateau" for player in self.players.values())
+    def _save(self, wait: bool, is_best: bool = False, kept: bool = False) -> None:
+        """Save; with `wait`, the checkpoint is on disk when this returns."""
+        started, self._due = time.monotonic(), False
+        with self._watchdog.paused():
+            for cursors in self.world.gather(self._cursors):
+                self.progress.cursors |= {str(lane): cursor for lane, cursor in cursors.items()}
+            self.snapshot.save(self.global_step, self.stage, self.crew, self.progress, is_best, kept)
+            if wait:
+                self.snapshot.finish()
+        self._tell("saved", self.global_step, time.monotonic() - started)
+        self._meter.restart(self.progress.seen)
 
     # --- what observers are told --------------------------------------------------------------------------------------
 
@@ -364,20 +374,21 @@ class Trainer:
                 log.error("%s cannot write: %s; the run saves and stops", type(observer).__name__, error)
                 self._cannot_tell = True
 
-    def _begin_throughput(self) -> None:
-        self._timed_from = (time.monotonic(), dict(self.progress.seen))
-
     def _record(self, figures: dict[str, float]) -> dict[str, Any]:
-        unit = self.objective.throughput
-        began, seen = self._timed_from
-        rate = (self.progress.seen.get(unit, 0) - seen.get(unit, 0)) / max(time.monotonic() - began, 1e-9)
-        self._begin_throughput()
-        if self.world.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         head = {"kind": "train", "step": self.global_step, "stage": self.stage.name}
-        tail = {"seen": dict(self.progress.seen), "throughput": round(rate, 3), "memory_bytes": memory}
-        if self._peak and unit == "tokens":
-            tail["mfu"] = round(rate * self._flops / (self._peak * self.world.size), 4)
-        return {**head, **figures, **tail}
+        return {
+            **head,
+            **figures,
+            **self._epochs(),
+            "seen": dict(self.progress.seen),
+            **self._meter.read(self.progress.seen),
+        }
+
+    def _epochs(self) -> dict[str, Any]:
+        """Return the epochs of each source of a mixture or a stream."""
+        data, lanes = self.crew.data.train, self.layout.lanes
+        if isinstance(data, Stream):
+            return {"epochs": data.epochs(self._cursors.values(), lanes)}
+        if isinstance(data, Mixture):
+            return {"epochs": data.epochs(windows_before(self.turns, self.progress.step), lanes)}
+        return {}

@@ -29,6 +29,8 @@ class Plan:
     precision: str
     device: str
     train_examples: int
+    """Rows, of a stream."""
+    streamed: bool
     eval_examples: int
     bytes: dict[str, int]
     """Memory of one process by kind: weights, gradients, optimiser, average."""
@@ -50,6 +52,9 @@ class Observer:
 
     def sampled(self, step: int, samples: Samples) -> None:
         """Samples were drawn."""
+
+    def noted(self, step: int, record: Mapping[str, Any]) -> None:
+        """Something out of the ordinary happened: an update was left out (`skip`), the run went back (`rollback`)."""
 
     def saved(self, step: int, seconds: float) -> None:
         """A checkpoint was written."""

@@ -56,6 +56,11 @@ class MetricsLog(Observer):
         """Write a line."""
         self._write(record)
 
+    def noted(self, step: int, record: Mapping[str, Any]) -> None:
+        """Write a line; a rewind may have replaced the file."""
+        self.end()
+        self._write(record)
+
     def end(self) -> None:
         """Close."""
         if self._file:

@@ -32,6 +32,7 @@ def describe(plan: Plan) -> str:
     batch = plan.micro_batch * plan.accumulate * plan.processes
     cut = f"{plan.micro_batch} micro x {plan.accumulate} accumulate x {plan.processes} processes"
     epochs = plan.steps * batch / max(plan.train_examples, 1)
+    count = "rows, read as they are needed" if plan.streamed else f"examples, {epochs:.3g} epochs"
     held = f"; {plan.eval_examples:,} for evaluation" if plan.eval_examples else ""
     number = plan.stages.index(plan.stage) + 1
     title = f"stage {plan.stage} ({number} of {len(plan.stages)})" if len(plan.stages) > 1 else "training"
@@ -39,7 +40,7 @@ def describe(plan: Plan) -> str:
         f"{title}: {plan.steps:,} steps on {plan.processes} x {plan.device}, {plan.precision}",
         f"  parameters    {quantity(plan.parameters)}, trained {quantity(plan.trainable)} ({share:.3g}%)",
         f"  global batch  {batch} = {cut}",
-        f"  data          {plan.train_examples:,} examples, {epochs:.3g} epochs{held}",
+        f"  data          {plan.train_examples:,} {count}{held}",
         f"  memory        {' + '.join(kinds)}, and activations, on each process",
     ]
     if plan.at:
@@ -105,6 +106,13 @@ class Progress(Observer):
         skip = ("step", "stage_step")
         figures = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, (int, float)) and k not in skip)
         self.say(f"evaluation at step {step:,}: {figures}")
+
+    def noted(self, step: int, record: Mapping[str, Any]) -> None:
+        """Print what happened and why."""
+        if record["kind"] == "rollback":
+            self.say(f"rolled back to step {step:,}: {record['reason']} That window of the data is passed over.")
+        else:
+            self.say(f"update left out: {record['reason']}")
 
     def say(self, text: str) -> None:
         """Print above the live line."""

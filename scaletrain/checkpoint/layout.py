@@ -4,10 +4,11 @@ recipe.yaml  metrics.jsonl  summary.json  samples/
 step-00001000/
   manifest.json             facts, and every file with bytes and SHA-256
   networks/<name>/          weights of each trained network in its library's layout
-  training/<player>.safetensors   optimiser state and EMA, by `kind/network/parameter`
+  training/<player>/        optimiser state and EMA, by `kind/network/parameter`: see `scaletrain.checkpoint.tensors`
   training/objective.safetensors  what the family carries, where it does
   training/state.json       counters, schedules, scalers, progress
 latest -> step-00001000     best -> step-00000800
+.saving-step-00001200/      is being written, or was when the run was killed
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import os
 import re
 from pathlib import Path
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 STATE = "training/state.json"
+FAMILY = "training/objective.safetensors"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -34,6 +36,11 @@ def checkpoints(root: Path) -> list[Path]:
     """Return the finished checkpoints, oldest first."""
     found = [(int(m.group(1)), p) for p in root.glob("step-*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
     return [p for _, p in sorted(found)]
+
+
+def is_step(name: str) -> bool:
+    """Say whether this is the name of a checkpoint's folder."""
+    return _STEP.fullmatch(name) is not None
 
 
 def number(path: Path) -> int:

@@ -8,33 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from scaletrain.checkpoint.integrity import verify
 from scaletrain.checkpoint.layout import FORMAT, MANIFEST, STATE, checkpoints
-from scaletrain.checkpoint.writer import sha256
 from scaletrain.errors import UserError
 
 log = logging.getLogger("scaletrain")
-
-
-def verify(folder: Path) -> list[str]:
-    """Check a checkpoint against its manifest. Returns what is wrong, one line each; nothing when it is whole."""
-    try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
-        return [f"{MANIFEST}: missing"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST}: cannot be read ({error})"]
-    faults = []
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{name}: missing")
-        elif path.stat().st_size != expected["bytes"]:
-            faults.append(f"{name}: {path.stat().st_size} bytes instead of {expected['bytes']}")
-        elif sha256(path) != expected["sha256"]:
-            faults.append(f"{name}: its bytes changed (SHA-256 differs)")
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    faults += [f"{name}: not in the manifest" for name in sorted(present - set(files) - {MANIFEST})]
-    return faults
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -51,13 +29,17 @@ def newest(root: Path) -> Path | None:
     Raises UserError when there are checkpoints and every one is damaged.
     """
     found = checkpoints(root)
+    faults: list[str] = []
     for path in reversed(found):
         faults = verify(path)
         if not faults:
             return path
         log.warning("%s is damaged and is passed over: %s", path, "; ".join(faults))
     if found:
-        raise UserError(f"No checkpoint in {root} verifies. Start anew in another folder with --run NAME.")
+        raise UserError(
+            f"No checkpoint in {root} verifies ({found[0].name}: {'; '.join(faults)}). "
+            "Start anew in another folder with --run NAME."
+        )
     return None
 
 
@@ -90,12 +72,11 @@ def state(folder: Path) -> dict[str, Any]:
 
 def average(folder: Path, network: str) -> dict[str, Any]:
     """Return a network's EMA parameters by name, from whichever player keeps one; empty when none does."""
-    from safetensors import safe_open
+    from scaletrain.checkpoint.tensors import load_tensors
 
     prefix = f"ema/{network}/"
-    for path in sorted((folder / "training").glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found = {k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
+    for path in sorted((folder / "training").iterdir()):
+        found = load_tensors(path, prefix) if path.is_dir() else {}
         if found:
-            return found
+            return {name.removeprefix(prefix): value for name, value in found.items()}
     return {}

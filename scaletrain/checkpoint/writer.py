@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaletrain.checkpoint.integrity import sha256, verify
 from scaletrain.checkpoint.layout import FORMAT, MANIFEST, checkpoints, number, point, step_folder
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write(root: Path, step: int, fill: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
     """Write one checkpoint: `fill` writes files into a hidden folder, which is flushed to disk and renamed last.
 
-    facts go into the manifest beside the list of files. Raises OSError, with nothing but the hidden folder changed,
-    when the disk is full or not writable.
+    facts go into the manifest beside the list of files. Before it gets its name, every byte is read back from the disk,
+    so that what has the name was good at least once. Raises OSError, with nothing but the hidden folder changed, when
+    the disk is full, not writable, or does not give back what was written.
     """
     final = step_folder(root, step)
     hidden = root / f".saving-{final.name}"
@@ -40,6 +32,9 @@ def write(root: Path, step: int, fill: Callable[[Path], None], facts: Mapping[st
         (hidden / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for path in (*hidden.rglob("*"), hidden):
             _flush(path)
+        faults = verify(hidden)
+        if faults:
+            raise OSError(f"what was written does not read back: {'; '.join(faults)}")
         if final.exists():  # an earlier attempt at this step that did not verify, or a repeated save
             shutil.rmtree(final)
         os.rename(hidden, final)
@@ -52,9 +47,12 @@ def write(root: Path, step: int, fill: Callable[[Path], None], facts: Mapping[st
 
 
 def _flush(path: Path) -> None:
+    """Have a file or folder on the disk, and out of the system's cache where that is known how."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 
@@ -68,15 +66,33 @@ def set_aside(root: Path, taken: Path | None) -> None:
             path.rename(target)
 
 
-def prune(root: Path, keep: int, newest: Path) -> None:
-    """Remove old checkpoints: the newest `keep`, the one just written, the last of each stage and the best stay."""
-    best = (root / "best").resolve()
-    for path in checkpoints(root)[:-keep]:
-        if path.resolve() in (best, newest.resolve()):
-            continue
-        try:
-            if json.loads((path / MANIFEST).read_text())["complete"]:
-                continue
-        except (OSError, ValueError, KeyError):
-            pass  # damaged: nothing that a reader would take
-        shutil.rmtree(path)
+def facts_of(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, verified or not; nothing when it cannot be read."""
+    try:
+        content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}  # damaged: nothing that a reader would take
+    return content
+
+
+def superfluous(found: Sequence[tuple[str, Mapping[str, Any]]], keep: int) -> list[str]:
+    """Return which of some checkpoints may go; found: names and manifests, oldest first.
+
+    The newest `keep` stay, the newest of those that were the best, the last of each stage, and every n-th (`kept`).
+    """
+    best = next((name for name, facts in reversed(found) if facts.get("best")), None)
+    return [name for name, facts in found[:-keep] if name != best and not (facts.get("complete") or facts.get("kept"))]
+
+
+def prune(root: Path, keep: int, newest: Path, in_use: Collection[str] = ()) -> None:
+    """Remove old checkpoints by `superfluous`, and have `best` point to the best.
+
+    newest: the one just written, which is known to be good and stays, as do those whose names are `in_use`.
+    """
+    found = [(path.name, facts_of(path)) for path in checkpoints(root)]
+    for name in superfluous(found, keep):
+        if name != newest.name and name not in in_use:
+            shutil.rmtree(root / name)
+    best = next((name for name, facts in reversed(found) if facts.get("best")), None)
+    if best is not None:
+        point(root / "best", best)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,10 +43,11 @@ class Engine(ABC):
         """Add the gradients of a loss that is already divided by the global count and multiplied by the world size."""
 
     @abstractmethod
-    def update(self, player: Player) -> Outcome:
+    def update(self, player: Player, admit: Callable[[float], bool]) -> Outcome:
         """Unscale, agree on overflow over all ranks, clip and step; leave gradients at none.
 
-        When a gradient is not finite, nothing is stepped, on any rank.
+        When a gradient is not finite, or `admit` says no to the gradient norm, nothing is stepped, on any rank. All
+        ranks ask it, with the same norm.
         """
 
     @abstractmethod

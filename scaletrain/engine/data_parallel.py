@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -76,7 +76,7 @@ class DataParallel(Engine):
         """Scale and differentiate."""
         (loss * player.scaler.scale if player.scaler else loss).backward()
 
-    def update(self, player: Player) -> Outcome:
+    def update(self, player: Player, admit: Callable[[float], bool]) -> Outcome:
         """Step once, or skip on every rank. The one host synchronisation of an update is reading the norm here."""
         scale = player.scaler.scale if player.scaler else 1.0
         gradients = [p.grad for p in player.trainable.values() if p.grad is not None]
@@ -89,7 +89,8 @@ class DataParallel(Engine):
             dist.all_reduce(norm, op=dist.ReduceOp.MAX)
         value = float(norm)
         finite = math.isfinite(value)
-        if finite:
+        stepped = finite and admit(value)
+        if stepped:
             if player.clip is not None:
                 clip_grads_with_norm_(list(player.trainable.values()), player.clip, norm)
             player.set_lr()
@@ -97,7 +98,7 @@ class DataParallel(Engine):
         player.optimizer.zero_grad(set_to_none=True)
         if player.scaler:
             player.scaler.advance(overflow=not finite)
-        return Outcome(finite, value, scale)
+        return Outcome(stepped, finite, value, scale)
 
     def synchronise_statistics(self) -> None:
         """Average BatchNorm's running statistics over the processes."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,14 +89,20 @@ def read_weights(module: nn.Module, folder: Path, key: str) -> None:
         raise UserError(f"{key}: the weights in {folder} do not fit this network: {error}") from None
 
 
-def save(module: nn.Module, spec: NetworkSpec, folder: Path) -> None:
-    """Write a network in its library's own layout, or as `config.json` and `model.safetensors`."""
+def save(module: nn.Module, spec: NetworkSpec, folder: Path, state: Mapping[str, Any] | None = None) -> None:
+    """Write a network in its library's own layout, or as `config.json` and `model.safetensors`.
+
+    state: the weights to write, by default those that it has; with a copy of them it may be trained on meanwhile.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    held = module.state_dict() if state is None else dict(state)
     if hasattr(module, "save_pretrained"):
-        module.save_pretrained(folder)  # type: ignore[operator]
+        still = copy.copy(module)  # the libraries ask the network for its weights: have it answer with these
+        still.state_dict = lambda *args, **kwargs: dict(held)  # type: ignore[assignment]
+        still.save_pretrained(folder)  # type: ignore[operator]
         return
     from safetensors.torch import save_file
 
-    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in held.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps({"type": spec.type, "config": spec.config}, indent=2) + "\n")

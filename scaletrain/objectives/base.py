@@ -41,12 +41,14 @@ The others are plain modules, without gradients to their parameters."""
 class Data:
     """The examples of a run, once prepared.
 
-    facts: fingerprints, by name, of what a run that goes on must find unchanged.
+    facts: fingerprints, by name, of what a run that goes on must find unchanged. streamed: the training rows are read
+    as they are needed, in lanes.
     """
 
     train: Dataset | Stream
     eval: Dataset | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
+    streamed: bool = False
 
 
 @dataclass(frozen=True)

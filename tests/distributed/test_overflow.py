@@ -37,11 +37,11 @@ class Objective(base.Objective[Config]):
 
     calls = 0
 
-    def prepare(self, train, eval):
-        images = torch.stack([torch.as_tensor(train.row(i)["image"]).float() for i in range(64)])
-        labels = torch.tensor([train.row(i)["label"] for i in range(64)])
+    def examples(self, rows, training, window=False):
+        images = torch.stack([torch.as_tensor(rows.row(i)["image"]).float() for i in range(64)])
+        labels = torch.tensor([rows.row(i)["label"] for i in range(64)])
         images = torch.nn.functional.pad(images[:, None] / 16, (12, 12, 12, 12))
-        return base.Data(TensorDataset({"image": images, "label": labels}))
+        return TensorDataset({"image": images, "label": labels})
 
     def networks(self):
         return {"model": base.completed(self.recipe, "model", "cnn", classes=10, channels=1, height=32, width=32)}

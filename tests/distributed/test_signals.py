@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scaletrain.checkpoint import reader
+from scaletrain.checkpoint import layout, reader
 from tests.launch import run, start, steps
 from tests.recipes.test_recipes import final_weights
 from tests.recipes.tiny import overrides
@@ -49,3 +49,37 @@ def test_a_signal_to_the_whole_group_leaves_workers_to_the_loop(tmp_path: Path) 
     codes, text = started.finish(60)
     assert codes == [3], text
     assert reader.newest(tmp_path / "r") is not None
+
+
+SLOW = """
+import os, time
+from scaletrain.objectives.gan import Config, Objective
+flush = os.fsync
+def fsync(descriptor):
+    time.sleep(0.05)
+    flush(descriptor)
+os.fsync = fsync
+"""
+
+
+def test_a_signal_to_one_rank_while_a_checkpoint_is_being_written(tmp_path: Path) -> None:
+    """Both ranks save the same step after the one in flight, and exit 3."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = ["run", "gan/dcgan", *overrides("gan/dcgan", tmp_path), "checkpoint.every=20 steps", "checkpoint.keep=9"]
+    command += ["train.duration=60 steps", "--root", tmp_path]
+    run([*command, "--run", "whole"], 2)
+    folder = tmp_path / "parts"
+    started = start([*command, "--run", "parts", "--code", tmp_path / "slow.py"], 2)
+    started.wait(lambda: any(folder.glob(".saving-step-00000020")))
+    pid = started.ranks[1].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGTERM)
+    codes, text = started.finish()
+    assert codes == [3, 3], text
+    found = [layout.number(checkpoint) for checkpoint in layout.checkpoints(folder)]
+    assert found[0] == 20
+    assert len(found) == 2
+    assert found[1] == max(steps(folder)) < 60
+    run([*command, "--run", "parts"], 2)
+    assert final_weights(folder) == final_weights(tmp_path / "whole")
+    assert steps(folder) == steps(tmp_path / "whole")

@@ -140,8 +140,8 @@ class Objective(base.Objective[Config]):
 
     turns = (Turn("usual", "model"), Turn("rare", "model", every=3))
 
-    def prepare(self, train, eval):
-        return base.Data(TensorDataset({"x": torch.randn(40, 2, generator=torch.Generator().manual_seed(0))}))
+    def examples(self, rows, training, window=False):
+        return TensorDataset({"x": torch.randn(40, 2, generator=torch.Generator().manual_seed(0))})
 
     def networks(self):
         return {"model": base.completed(self.recipe, "model", "mlp", inputs=2, outputs=1)}
