@@ -87,6 +87,7 @@ def measure(root: Path, asynchronous: bool, options: argparse.Namespace, world: 
     number = 0
     for _ in range(3):  # AdamW makes its moments
         step(model, optimizer, number := number + 1)
+        snapshot.reserve(members)  # as the trainer does after the first step
     lost, blocked, beside = 0.0, [], 0
     for _ in range(options.saves):
         began = time.perf_counter()

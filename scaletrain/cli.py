@@ -148,9 +148,9 @@ def validate(name: Name, overrides: Overrides = None, code: Code = None, verbose
     from scaletrain.recipe import stages
     from scaletrain.runs import validate as check
 
-    examples = check(recipe)
+    found = check(recipe)
     parts = ", ".join(stage.name for stage in stages(recipe))
-    print(f"{name} is valid: {examples['train']:,} examples to train on, {examples['eval']:,} to evaluate on")
+    print(f"{name} is valid: {found}")
     if recipe.stages:
         print(f"stages: {parts}")
 

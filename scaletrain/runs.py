@@ -28,11 +28,13 @@ from scaletrain.checkpoint.writer import set_aside
 from scaletrain.config import NetworkSpec, Recipe, Stage
 from scaletrain.crew import Progress
 from scaletrain.data.loader import Layout
+from scaletrain.data.stream import Stream
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
 from scaletrain.finished import report_on
 from scaletrain.guard import Rollback
 from scaletrain.objectives.base import Data, Objective
+from scaletrain.position import steps_of
 from scaletrain.recipe import check, load, objective_of, resolved_yaml, stages
 from scaletrain.shelf import Shelf
 from scaletrain.signals import StopSignals
@@ -74,19 +76,27 @@ def train(
         world.close()
 
 
-def validate(recipe: Recipe) -> dict[str, int]:
+def validate(recipe: Recipe) -> str:
     """Check all that can be known before a device is touched: keys, data, batches, and what the networks are told.
 
-    Data of later stages may need what earlier ones leave behind, so only the first stage's are read. Returns how many
-    examples there are to train on and to evaluate on. Raises UserError.
+    Data of later stages may need what earlier ones leave behind, so only the first stage's are read. Returns how long
+    that is, and how many examples it has. Raises UserError.
     """
     check(recipe)
     parts = stages(recipe)
     for stage in parts:
         Layout.derive(stage.recipe.train.global_batch, stage.recipe.train.micro_batch, 1, 0)
     run = _Run(recipe, Path(), World(torch.device("cpu")), [])
-    _, data, _ = run.prepare(parts[0])
-    return {"train": len(data.train), "eval": len(data.eval) if data.eval else 0}
+    objective, data, _ = run.prepare(parts[0])
+    first = parts[0].recipe
+    every = (first.checkpoint.every, first.checkpoint.keep_every, first.evaluate.every)
+    steps, *_ = (
+        steps_of(duration, objective.turns, data, first.train.global_batch)
+        for duration in (first.train.duration, *filter(None, every))
+    )
+    kind = "rows of a stream" if isinstance(data.train, Stream) else "examples"
+    held = len(data.eval) if data.eval else 0
+    return f"{steps:,} steps, {len(data.train):,} {kind} to train on, {held:,} to evaluate on"
 
 
 class _Run:

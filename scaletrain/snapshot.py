@@ -48,6 +48,10 @@ def versions() -> dict[str, str]:
     return found
 
 
+_States = Mapping[str, tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]]
+"""What `Engine.state` returns, by player."""
+
+
 class Snapshot:
     """Saves a stage of a run under the run's folder, and restores it. Rank 0 writes; all ranks take part.
 
@@ -67,6 +71,7 @@ class Snapshot:
         self.spec, self.remote = spec, remote
         self._background, self._copies = Background(), HostCopies()
         self._assets: dict[str, dict[str, bytes]] = {}
+        self._reserved = not (spec.asynchronous and world.main)
         self._saved = time.monotonic()
 
     @property
@@ -80,6 +85,15 @@ class Snapshot:
         minutes = self.spec.minutes
         return self.world.main and minutes is not None and time.monotonic() - self._saved >= 60 * minutes
 
+    def reserve(self, crew: Crew) -> None:
+        """Make room for copies beside the loop, once; after a step, when optimisers have their state."""
+        if self._reserved:
+            return
+        self._reserved = True
+        states = {name: crew.engine.state(player) for name, player in crew.players.items()}
+        changing, _ = self._split(crew, states)
+        self._background.start(lambda: self._copies.reserve(changing))
+
     def save(
         self, step: int, stage: Stage, crew: Crew, progress: Progress, best: bool = False, kept: bool = False
     ) -> None:
@@ -89,6 +103,7 @@ class Snapshot:
         this one where it is not asynchronous, is raised as Interrupted, on every rank.
         """
         states = {name: crew.engine.state(player) for name, player in crew.players.items()}
+        self._reserved = True
         facts = {
             "stage": stage.name,
             "stage_step": progress.step,
@@ -130,16 +145,22 @@ class Snapshot:
         except OSError as error:
             raise Interrupted(str(error)) from error
 
-    def _take(
-        self, crew: Crew, progress: Progress, states: Mapping[str, tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]]
-    ) -> Callable[[Path], None]:
-        """Take what is to be written. Returns what writes it into a folder."""
-        networks = {name: module for name, module in crew.engine.plain().items() if not self.specs[name].frozen}
+    def _networks(self, crew: Crew) -> dict[str, nn.Module]:
+        return {name: module for name, module in crew.engine.plain().items() if not self.specs[name].frozen}
+
+    def _split(self, crew: Crew, states: _States) -> tuple[dict[str, Mapping[str, torch.Tensor]], dict[str, Any]]:
+        """Return the tensors of networks and players that change, by group, and the rest of the networks' state."""
         trained = {id(p) for player in crew.players.values() for p in player.trainable.values()}
         changing: dict[str, Mapping[str, torch.Tensor]] = {f"players/{n}": state for n, (state, _) in states.items()}
         fixed: dict[str, Mapping[str, Any]] = {}
-        for name, module in networks.items():
+        for name, module in self._networks(crew).items():
             changing[f"networks/{name}"], fixed[name] = _parts(module, self.specs[name], trained)
+        return changing, fixed
+
+    def _take(self, crew: Crew, progress: Progress, states: _States) -> Callable[[Path], None]:
+        """Take what is to be written. Returns what writes it into a folder."""
+        networks = self._networks(crew)
+        changing, fixed = self._split(crew, states)
         family = crew.objective.state_dict()
         changing["family"] = {k: v for k, v in family.items() if isinstance(v, torch.Tensor)}
         taken = self._copies.take(changing) if self.spec.asynchronous else changing

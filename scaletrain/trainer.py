@@ -335,6 +335,7 @@ class Trainer:
 
     def _after_step(self) -> None:
         progress, recipe = self.progress, self.recipe
+        self.snapshot.reserve(self.crew)
         last = progress.step == self.steps
         is_best = False
         if last or progress.step % self.evaluate_every == 0:

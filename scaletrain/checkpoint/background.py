@@ -21,6 +21,12 @@ class HostCopies:
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._copied: torch.cuda.Event | None = None
 
+    def reserve(self, groups: Groups) -> None:
+        """Make the buffers for some tensors, and have the system give their pages, which takes longer than copying."""
+        for group, tensors in groups.items():
+            for name, tensor in tensors.items():
+                self._buffers[group, name] = _empty(tensor).zero_()
+
     def take(self, groups: Groups) -> dict[str, dict[str, torch.Tensor]]:
         """Copy all tensors. A tensor that occurs twice, as tied weights do, is one copy under both names."""
         before, self._buffers = self._buffers, {}
@@ -33,7 +39,7 @@ class HostCopies:
                     if id(tensor) not in first:
                         buffer = before.get((group, name))
                         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                            buffer = _empty(tensor)
                         first[id(tensor)] = self._buffers[group, name] = buffer.copy_(tensor, non_blocking=True)
                     copies[group][name] = first[id(tensor)]
         if any(tensor.is_cuda for tensors in groups.values() for tensor in tensors.values()):
@@ -45,6 +51,10 @@ class HostCopies:
         """Wait until the copies of the last `take` are there."""
         if self._copied is not None:
             self._copied.synchronize()
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 class Background:

@@ -21,6 +21,16 @@ def test_copies_stay_as_they_were_and_their_memory_is_used_again() -> None:
     assert not again["weight"].requires_grad
 
 
+def test_what_is_reserved_is_what_is_copied_into() -> None:
+    tensors = {"a": {"x": torch.ones(3), "y": torch.tensor(2)}}
+    copies = HostCopies()
+    copies.reserve(tensors)
+    reserved = {buffer.data_ptr() for buffer in copies._buffers.values()}
+    taken = copies.take(tensors)["a"]
+    assert {tensor.data_ptr() for tensor in taken.values()} == reserved
+    assert all(torch.equal(taken[name], tensor) for name, tensor in tensors["a"].items())
+
+
 def test_tied_tensors_stay_tied_and_strides_do_not_matter() -> None:
     tensor = torch.arange(6.0).view(2, 3).t()
     taken = HostCopies().take({"a": {"x": tensor, "y": tensor}, "b": {"x": tensor.clone()}})
