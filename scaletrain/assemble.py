@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from scaletrain.config import NetworkSpec, PlayerSpec, Recipe
+from scaletrain.data.cache import content_key
 from scaletrain.data.dataset import Dataset
 from scaletrain.data.mixture import Mixture, Shares
 from scaletrain.data.order import key_of
@@ -34,16 +35,14 @@ from scaletrain.shelf import Shelf
 def prepare(objective: Objective[Any], recipe: Recipe) -> Data:
     """Open the data and let the objective make examples of them. Raises UserError."""
     spec = recipe.data
-    parts = [open_rows([source]) for source in spec.train]
+    weighted = spec.train[0].weight is not None
+    parts = [open_rows([source]) for source in spec.train] if weighted else [open_rows(spec.train)]
     held: list[Rows] = []
     if spec.eval is not None:
         held = [open_rows(spec.eval)]
     elif spec.holdout:
         seed = recipe.seed if spec.seed is None else spec.seed
         parts, held = map(list, zip(*(split_holdout(rows, spec.holdout, seed) for rows in parts), strict=True))
-    train = joined(parts)
-    if spec.train[0].weight is None:
-        parts = [train]
     return examples_of(objective, parts, joined(held) if held else None)
 
 
@@ -63,7 +62,8 @@ def examples_of(objective: Objective[Any], parts: Sequence[Rows], held: Rows | N
         found = Stream(tuple(map(Source, labels, parts, repeat(expand), means)), shares)
     else:
         found = Mixture(sets, shares, labels) if shares else sets[0]
-    facts = {"data.train": train.fingerprint, **objective.facts()}
+    made_of = train.fingerprint if len(parts) == 1 else content_key(*(part.fingerprint for part in parts))
+    facts = {"data.train": made_of, **objective.facts()}
     return Data(found, objective.examples(held, False) if held is not None else None, facts, train.streaming)
 
 

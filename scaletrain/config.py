@@ -232,7 +232,8 @@ def _weight(value: object) -> object:
 
 
 Weight = Annotated[
-    Annotated[float, Field(ge=0)] | dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]],
+    Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    | dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0, allow_inf_nan=False)]],
     BeforeValidator(_weight),
 ]
 

@@ -48,6 +48,8 @@ class Spikes:
 
     def find(self, loss: float, norm: float) -> str:
         """Take note of an update that is about to be made. Returns what is wrong with it, or nothing."""
+        if not math.isfinite(loss):
+            return ""  # though the gradients are: nothing to compare with, nor to be remembered
         values = (loss, math.log(max(norm, 1e-30)))
         floors = (0.01, 0.05)
         for name, value, before, floor in zip(("loss", "gradient norm"), values, self._history, floors, strict=True):

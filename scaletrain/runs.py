@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -46,6 +47,7 @@ log = logging.getLogger("scaletrain")
 _SAVING = ("every", "minutes", "keep", "keep_every", "asynchronous", "remote")
 _MAY_CHANGE = (
     "log", *(f"checkpoint.{key}" for key in _SAVING), "evaluate.samples", "evaluate.batch", "data.workers",
+    "train.watchdog",
 )  # fmt: skip
 """Keys that may differ between a run and its continuation: they change nothing that is learned."""
 _MAY_EXTEND = ("train.", "data.", "players.", "evaluate.", "checkpoint.")
@@ -174,9 +176,11 @@ class _Run:
     def _check_recipe(self, path: Path) -> None:
         """Raise UserError when a run was begun with another recipe, but for what may differ."""
         differing = _differences(load(str(path), []).model_dump(mode="json"), self.recipe.model_dump(mode="json"))
-        fixed = [key for key in differing if not (self.extend and key.startswith(_MAY_EXTEND))]
+        last = f"stages.{len(self.stages) - 1}."  # what its own keys say; stages before it have ended
+        others = [key for key in differing if not f"{key.removeprefix(last)}.".startswith(_MAY_EXTEND)]
+        fixed = others if self.extend else differing
         if fixed:
-            way = ", or say --extend to go on with them" if all(k.startswith(_MAY_EXTEND) for k in fixed) else ""
+            way = "" if others else ", or say --extend to go on with them"
             raise UserError(
                 f"{self.folder} belongs to another recipe; these keys differ: {', '.join(fixed)}. "
                 f"Give this run a name of its own with --run NAME{way}."
@@ -226,7 +230,8 @@ class _Run:
             except Rollback as error:
                 skipped = sorted({*trainer.progress.skipped, *error.windows})
                 going = error.record()
-            del trainer  # its networks, before others are built
+            del trainer
+            gc.collect()  # what it held, of which some refers to itself, before others are built
             saved = self.world.on_main(lambda: self._newest_of(stage))
             back = int(reader.manifest(saved)["step"]) if saved else self._first_step(stage)
             if self.world.main:

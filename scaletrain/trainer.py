@@ -92,7 +92,7 @@ class Trainer:
         self._stop = False
         self._due = False
         self._cannot_tell = False
-        self._begun = progress.step
+        self._begun = self._saved = progress.step
 
     @classmethod
     def build(
@@ -126,9 +126,9 @@ class Trainer:
         kept = before[1] if before and before[0] % (before[1] * world.size) == 0 else None
         layout = Layout.derive(spec.global_batch, spec.micro_batch or kept, world.size, world.rank)
         now = [layout.global_batch, layout.micro_batch]
-        if before and before != now and self.crew.data.streamed:
+        if before and before != now and (self.crew.data.streamed or isinstance(self.crew.data.train, Mixture)):
             raise UserError(
-                f"this run reads its stream for micro-batches of {before[1]}, and {world.size} process(es) would have "
+                f"this run takes its data in micro-batches of {before[1]}, and {world.size} process(es) would have "
                 f"{now[1]}. Go on with as many as before; a run begun with a smaller train.micro_batch may change them."
             )
         self.progress.batch = now
@@ -229,7 +229,7 @@ class Trainer:
         )  # then an overflow may be a matter of scaling
         found: list[str] = []
         outcome = self.engine.update(player, partial(self._admit, turn, losses, found))
-        self.engine.synchronise_statistics()
+        self.engine.synchronise_statistics(outcome.stepped)
         if outcome.stepped:
             player.updates += 1
             if player.ema:
@@ -271,7 +271,10 @@ class Trainer:
         if failures:
             message = next(message for message in self.world.gather(failure) if message)
             if turn is self.turns[0] and repeat == 0 and self.progress.step > self._begun:
-                self._save(wait=True)
+                if self.progress.step > self._saved:
+                    self._save(wait=True)
+                else:  # not again: that would replace it by one that is neither the best nor kept
+                    self.snapshot.finish()
                 message += f" What was trained until step {self.global_step:,} is saved; the same command goes on."
             raise agreed(UserError(message))
         if unsaved:
@@ -355,7 +358,7 @@ class Trainer:
 
     def _save(self, wait: bool, is_best: bool = False, kept: bool = False) -> None:
         """Save; with `wait`, the checkpoint is on disk when this returns."""
-        started, self._due = time.monotonic(), False
+        started, self._due, self._saved = time.monotonic(), False, self.progress.step
         with self._watchdog.paused():
             for cursors in self.world.gather(self._cursors):
                 self.progress.cursors |= {str(lane): cursor for lane, cursor in cursors.items()}

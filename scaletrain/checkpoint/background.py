@@ -23,9 +23,9 @@ class HostCopies:
 
     def reserve(self, groups: Groups) -> None:
         """Make the buffers for some tensors, and have the system give their pages, which takes longer than copying."""
-        for group, tensors in groups.items():
-            for name, tensor in tensors.items():
-                self._buffers[group, name] = _empty(tensor).zero_()
+        named = {(group, name): tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+        first = {id(tensor): key for key, tensor in reversed(named.items())}
+        self._buffers = {key: _empty(named[key]).zero_() for key in first.values()}
 
     def take(self, groups: Groups) -> dict[str, dict[str, torch.Tensor]]:
         """Copy all tensors. A tensor that occurs twice, as tied weights do, is one copy under both names."""

@@ -47,24 +47,25 @@ class Classes:
         first = rows.column(column)[0]
         if rows.streaming and count is not None and not isinstance(first, str):
             return cls(tuple(map(str, range(count))), named=False)  # labels are checked as they are read
-        labels = list(rows.column(column))
         named = isinstance(first, str)
-        for i, label in enumerate(labels):
+        seen: dict[Any, int] = {}  # each label, and the first row that has it
+        for i, label in enumerate(rows.column(column)):
             _check(rows, i, column, label, named)
+            seen.setdefault(label, i)
         if not named:
-            largest = int(np.argmax(labels))
-            if count is None and labels[largest] > 10 * len(labels) + 1000:
+            largest = max(seen)
+            if count is None and largest > 10 * len(rows) + 1000:
                 raise UserError(
-                    f"{rows.name(largest)}: `{column}` {labels[largest]} is a strange id for {len(labels):,} rows."
+                    f"{rows.name(seen[largest])}: `{column}` {largest} is a strange id for {len(rows):,} rows."
                     " Name the right column by `columns: {label: COLUMN}`, or declare num_classes."
                 )
-            if count is not None and labels[largest] >= count:
-                raise UserError(_out_of_range(rows, largest, column, labels[largest], count))
-            return cls(tuple(map(str, range(count or int(labels[largest]) + 1))), named=False)
-        numbers = all(map(str.isdecimal, labels))
-        found = sorted(set(labels), key=lambda name: (int(name), name) if numbers else (0, name))
+            if count is not None and largest >= count:
+                raise UserError(_out_of_range(rows, seen[largest], column, largest, count))
+            return cls(tuple(map(str, range(count or int(largest) + 1))), named=False)
+        numbers = all(map(str.isdecimal, seen))
+        found = sorted(seen, key=lambda name: (int(name), name) if numbers else (0, name))
         if count is not None and len(found) > count:
-            i = labels.index(found[count])
+            i = seen[found[count]]
             raise UserError(
                 f"{rows.name(i)}: `{column}` {found[count]!r} is class {count + 1} of {len(found)}, more than the "
                 f"{count} that num_classes declares: {', '.join(map(repr, found[: count + 1]))}, ..."

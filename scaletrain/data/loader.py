@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, repeat
 from queue import Full, Queue
 from threading import Event, Thread
@@ -40,6 +40,10 @@ class Micro:
     examples: tuple[Any, ...]
     tensors: dict[str, torch.Tensor]
     cursor: Cursor | None = None
+
+    def pin_memory(self) -> Micro:
+        """Return the same in pinned memory, from which a GPU copies while it works. DataLoader asks for it, too."""
+        return replace(self, tensors={name: tensor.pin_memory() for name, tensor in self.tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,8 @@ class Windows:
         if isinstance(data, Stream):
             reader = Reader(data, layout.lanes, shuffle, *seed)
             micros = _of_stream(reader, layout, window, skipped, cursors or {})
+            if pin_memory:
+                micros = (micro.pin_memory() if isinstance(micro, Micro) else micro for micro in micros)
             self._micros: Iterator[Micro | Failure] = _ahead(micros, 4 * layout.accumulate)
             return
         if workers is None:

@@ -51,8 +51,9 @@ class Mix:
     """Which source, and which of its examples, stands at each place of a lane.
 
     By place t, source s has given ⌊E_s(t) + φ⌋ examples of a lane, where E_s(t) is the sum of its parts up to t, and φ,
-    in [0, 1), is the lane's own: never one more or less than its part. Within a block of about `_BLOCK` places they
-    come in an order drawn for the block. Nothing is counted from the start: each place is computed by itself.
+    in [0, 1), is the lane's own: never one more or less than its part. Within a block of about `_BLOCK` places, which
+    ends where the parts change, they come in an order drawn for the block. Nothing is counted from the start: each
+    place is computed by itself.
 
     width: examples of a lane in a window. seed: as in Order.
     """
@@ -60,9 +61,12 @@ class Mix:
     def __init__(self, shares: Shares, width: int, *seed: object):
         self._places = np.array(shares.windows, np.int64) * width
         self._parts = np.array(shares.parts)  # (spans, S)
-        grown = np.diff(self._places)[:, None] * self._parts[:-1]
+        lengths = np.diff(self._places)
+        self._first = np.concatenate([[0], np.cumsum(-(-lengths // _BLOCK))])  # block of each span
+        grown = lengths[:, None] * self._parts[:-1]
         self._before = np.concatenate([np.zeros((1, self._parts.shape[1])), grown.cumsum(0)])  # E where each begins
         self._seed = seed
+        self._phases: dict[int, npt.NDArray[np.float64]] = {}
         self._blocks: dict[tuple[int, int], tuple[int, Int, Int]] = {}
 
     def expected(self, place: int) -> npt.NDArray[np.float64]:
@@ -72,8 +76,12 @@ class Mix:
 
     def _given(self, lane: int, block: int) -> Int:
         """Return how many examples each source has given before a block, (S,)."""
-        phase = [key_of(*self._seed, "phase", lane, s) / 2**63 for s in range(self._parts.shape[1])]
-        return np.floor(self.expected(block * _BLOCK) + phase).astype(np.int64)
+        if lane not in self._phases:
+            keys = [key_of(*self._seed, "phase", lane, s) for s in range(self._parts.shape[1])]
+            self._phases[lane] = np.array(keys) / 2**63
+        span = int(np.searchsorted(self._first, block, "right")) - 1
+        start = int(self._places[span] + (block - self._first[span]) * _BLOCK)
+        return np.floor(self.expected(start) + self._phases[lane]).astype(np.int64)
 
     def __call__(self, lane: int, place: Int) -> tuple[Int, Int]:
         """Return the source at each place of a lane, and the number of that source's example in the lane."""
@@ -89,7 +97,8 @@ class Mix:
 
     def _block_of(self, lane: int, place: int) -> tuple[int, Int, Int]:
         """Return the block that a place is in: its first place, and source and number at each of its places."""
-        block = place // _BLOCK
+        span = int(np.searchsorted(self._places, place, "right")) - 1
+        block = int(self._first[span] + (place - self._places[span]) // _BLOCK)
         while self._given(lane, block).sum() > place:
             block -= 1
         while self._given(lane, block + 1).sum() <= place:

@@ -51,8 +51,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def synchronise_statistics(self) -> None:
-        """Make statistics that each process gathered on its own (BatchNorm's) the same on all."""
+    def synchronise_statistics(self, stepped: bool) -> None:
+        """Make statistics that each process gathered on its own (BatchNorm's) the same on all.
+
+        Where nothing was stepped they go back to what they were: what is not finite would stay in them for ever.
+        """
 
     @abstractmethod
     def state(self, player: Player) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -49,6 +49,7 @@ class DataParallel(Engine):
                     else module
                 )
         self._statistics = list(statistics(networks).values())
+        self._kept = [tensor.clone() for tensor in self._statistics]
 
     def view(self, player: Player) -> Mapping[str, nn.Module]:
         """Set requires_grad and return the networks."""
@@ -100,9 +101,15 @@ class DataParallel(Engine):
             player.scaler.advance(overflow=not finite)
         return Outcome(stepped, finite, value, scale)
 
-    def synchronise_statistics(self) -> None:
-        """Average BatchNorm's running statistics over the processes."""
-        self.world.mean_(self._statistics)
+    def synchronise_statistics(self, stepped: bool) -> None:
+        """Average BatchNorm's running statistics over the processes, or take them back."""
+        if not self._statistics:
+            return
+        if stepped:
+            self.world.mean_(self._statistics)
+            torch._foreach_copy_(self._kept, self._statistics)
+        else:
+            torch._foreach_copy_(self._statistics, self._kept)
 
     def state(self, player: Player) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Read the optimiser's state by parameter name."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +165,82 @@ def test_rollbacks_come_to_an_end(recipe: Path) -> None:
     overrides = ["objective.poison=.nan", "train.guard={nonfinite: rollback, rollbacks: 2}", "train.global_batch=4000"]
     with pytest.raises(UserError, match="not finite"):
         run(recipe, "r", *overrides)
+
+
+def test_a_run_that_is_rolled_back_lets_go_of_its_networks_first(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scaletrain import runs
+
+    built: list[weakref.ref[Any]] = []
+    build = runs._Run._build
+
+    def watched(*arguments: Any) -> Any:
+        assert not any(reference() for reference in built)
+        trainer = build(*arguments)
+        built.append(weakref.ref(trainer))
+        return trainer
+
+    monkeypatch.setattr(runs._Run, "_build", watched)
+    gc.disable()
+    try:
+        run(recipe, "r", POISON, "train.guard.spike=rollback")
+    finally:
+        gc.enable()
+    assert len(built) == 2
+
+
+def test_a_loss_that_is_not_finite_is_not_remembered() -> None:
+    spikes = Spikes(GuardSpec(spike="skip"), history := [])
+    for value in [1.0, math.nan, math.inf] * 30:
+        assert spikes.find(value, 1.0) == ""
+    assert history[0] == [1.0] * 30
+    assert "stands out" in spikes.find(5.0, 1.0)
+
+
+NORMED = '''
+"""Pictures of noise, one of which has no value, for a network with BatchNorm."""
+
+from typing import final
+
+import torch
+
+from scaletrain.config import Strict
+from scaletrain.data.dataset import TensorDataset
+from scaletrain.objectives import base
+from scaletrain.player import Term
+
+
+class Config(Strict):
+    """None."""
+
+
+@final
+class Objective(base.Objective[Config]):
+    """Small logits."""
+
+    def examples(self, rows, training, window=False):
+        x = torch.randn(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        x[7] = torch.nan
+        return TensorDataset({"x": x})
+
+    def networks(self):
+        shape = {"architecture": "resnet18", "features": 8, "channels": 1, "height": 4, "width": 4, "classes": 2}
+        return {"model": base.completed(self.recipe, "model", "cnn", **shape)}
+
+    def counts(self, turn, batch):
+        return {"samples": len(batch["x"])}
+
+    def loss(self, turn, networks, batch):
+        return {"loss": Term(networks["model"](batch["x"]).square().sum(), per="samples")}
+'''
+
+
+def test_an_update_that_is_left_out_leaves_no_trace_in_batchnorm(tmp_path: Path) -> None:
+    (tmp_path / "normed.py").write_text(NORMED)
+    (tmp_path / "r.yaml").write_text(
+        "{objective: {type: normed}, data: {train: 'sklearn:iris'}, log: {every: 1},"
+        " train: {duration: 5 steps, global_batch: 8, guard: {nonfinite: skip}}}"
+    )
+    load_code(tmp_path / "normed.py")
+    folder = run(tmp_path / "r.yaml", "r")
+    assert len(records(folder, "skip")) == 1
+    assert all(torch.isfinite(w).all() for w in weights(folder).values())

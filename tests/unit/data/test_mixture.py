@@ -47,6 +47,21 @@ def test_weights_change_by_step() -> None:
     assert np.array_equal(number[source == 1], np.arange((source == 1).sum()))
 
 
+@pytest.mark.parametrize("width", [1, 8])
+def test_a_weight_holds_from_its_step_on_and_not_before(width: int) -> None:
+    """Steps of few examples, of which a block would hold many."""
+    steps = 300
+    made = Shares.of([{0: 1.0, 100: 0.0}, {0: 0.0, 100: 1.0, 103: 2.0}, {0: 0.0, 103: 1.0}], [1, 1, 1], lambda s: s)
+    for lane in range(5):
+        source, number = Mix(made, width, "s")(lane, np.arange(steps * width))
+        assert (source[: 100 * width] == 0).all()
+        assert (source[100 * width : 103 * width] == 1).all()
+        assert (source[103 * width :] == 2).sum() == pytest.approx(197 * width / 3, abs=20)
+        for s in range(3):
+            assert np.array_equal(number[source == s], np.arange((source == s).sum()))
+        assert np.array_equal(Mix(made, width, "s")(lane, np.array([101 * width]))[0], source[[101 * width]])
+
+
 def test_weights_of_tokens_are_divided_by_the_tokens_of_an_example() -> None:
     made = Shares.of([{0: 1.0}, {0: 1.0}], [100.0, 300.0], lambda step: step)
     assert made.parts[0] == pytest.approx((0.75, 0.25))
