@@ -28,7 +28,7 @@ import torch
 from scaletrain.config import SourceSpec
 from scaletrain.data.dataset import Dataset, Example
 from scaletrain.data.loader import Layout, Windows
-from scaletrain.data.order import Lanes, Ordering
+from scaletrain.data.order import Int, Lanes, Ordering
 from scaletrain.data.sources import Rows, open_rows
 from scaletrain.data.stream import Source, Stream
 from scaletrain.data.text import Samples, Tokens
@@ -89,8 +89,11 @@ class Lines(Dataset):
     def order(self, lanes: Lanes, shuffle: int, *seed: object) -> Ordering:
         return self.rows.order(lanes, shuffle, *seed)
 
-    def prefetch(self, indices: Sequence[int]) -> None:
-        self.rows.prefetch(np.asarray(indices))
+    def prefetch(self, indices: Int) -> None:
+        self.rows.prefetch(indices)
+
+    def held(self, indices: Int) -> Dataset:
+        return Lines(self.rows.held(indices))
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
         return self.rows.row(index)
@@ -100,7 +103,7 @@ class Lines(Dataset):
 
     def batch(self, indices: Sequence[int], seeds: Any) -> dict[str, Any]:
         values = self.rows.take(COLUMNS, np.asarray(indices))
-        return {"text": values["text"], **{name: torch.tensor(values[name]) for name in COLUMNS[1:]}}
+        return {"text": values["text"], **{name: torch.from_numpy(np.array(values[name])) for name in COLUMNS[1:]}}
 
 
 def packs(rows: Rows) -> Samples:
@@ -189,18 +192,20 @@ def occupied(folder: Path, cache: Path, shuffle: int, windows: int) -> tuple[flo
 
 
 def memory(options: argparse.Namespace, folder: Path) -> None:
-    """Compare a set of 100,000 rows with a large one."""
-    few, many = write(folder, 100_000), write(folder, options.rows)
-    for shuffle in (16_384, 65_536):
-        found = {path: [] for path in (few, many)}
+    """Compare sets of 100,000 and 1,000,000 rows with a large one."""
+    sets = {rows: write(folder, rows) for rows in (100_000, 1_000_000, options.rows)}
+    print(f"{options.windows} batches of {BATCH}; MB while reading (median), at the peak")
+    for shuffle in (16_384, 32_768, 65_536):
+        found: dict[int, list[tuple[float, float, float]]] = {rows: [] for rows in sets}
         for _ in range(options.rounds):
-            for path, figures in found.items():
-                figures.append(fresh(occupied, path, folder / "cache", shuffle, options.windows))
-        a, b = ([statistics.median(column) for column in zip(*figures, strict=True)] for figures in found.values())
-        print(f"{options.windows} batches of {BATCH}, shuffle {shuffle:,}: from 100,000 to {options.rows:,} rows")
-        print(f"  imports alone {a[0]:.0f} MB, {b[0]:.0f} MB")
-        for name, place in {"while reading": 1, "peak": 2}.items():
-            print(f"  {name} {a[place]:.1f} MB, {b[place]:.1f} MB: {b[place] / a[place] - 1:+.1%}")
+            for rows, path in sets.items():
+                found[rows].append(fresh(occupied, path, folder / "cache", shuffle, options.windows))
+        medians = {r: [statistics.median(x) for x in zip(*figures, strict=True)] for r, figures in found.items()}
+        last = medians[options.rows]
+        for rows, (_, reading, peak) in medians.items():
+            grown = f"from here to {options.rows:,} rows {last[1] / reading - 1:+.1%}, peak {last[2] / peak - 1:+.1%}"
+            print(f"shuffle {shuffle:,}, {rows:>10,} rows: {reading:.1f}, {peak:.1f}; {grown}")
+    print(f"imports alone: {last[0]:.1f} MB")
 
 
 # --- Throughput -------------------------------------------------------------------------------------------------------

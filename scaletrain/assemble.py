@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -64,6 +64,9 @@ def examples_of(objective: Objective[Any], parts: Sequence[Rows], held: Rows | N
         found = Mixture(sets, shares, labels) if shares else sets[0]
     made_of = train.fingerprint if len(parts) == 1 else content_key(*(part.fingerprint for part in parts))
     facts = {"data.train": made_of, **objective.facts()}
+    if train.streaming:
+        how = (spec.seq_len, spec.packing, spec.shuffle, spec.seed)
+        facts["how its rows are read (data.seq_len, packing, shuffle or seed)"] = content_key(how)
     return Data(found, objective.examples(held, False) if held is not None else None, facts, train.streaming)
 
 
@@ -146,9 +149,13 @@ def updates_of(player: str, turns: tuple[Turn, ...], steps: int) -> int:
 
 
 def build_players(
-    recipe: Recipe, networks: Mapping[str, nn.Module], turns: tuple[Turn, ...], steps: int
+    recipe: Recipe,
+    networks: Mapping[str, nn.Module],
+    turns: tuple[Turn, ...],
+    steps: int,
+    local: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, Player]:
-    """Build the players of a stage. Raises UserError when one has nothing to train."""
+    """Build the players of a stage. local: this process's part of a parameter. Raises UserError."""
     players = {}
     for name in dict.fromkeys(t.player for t in turns):
         spec = recipe.players.get(name, PlayerSpec())
@@ -165,7 +172,9 @@ def build_players(
             schedule=build_schedule(spec.schedule, updates_of(name, turns, steps), f"players.{name}.schedule"),
             clip=spec.clip,
             scaler=build_scaler(spec.scaler, recipe.train.precision),
-            ema=EMA(trainable | statistics(own), spec.ema) if spec.ema else None,
+            ema=EMA({n: local(p.detach()) for n, p in (trainable | statistics(own)).items()}, spec.ema)
+            if spec.ema
+            else None,
             base_lrs=[group["lr"] for group in optimizer.param_groups],
             optimizer_bytes=state_bytes(spec.optimizer, trainable),
         )

@@ -268,6 +268,12 @@ def _sources_weighted(value: list[SourceSpec]) -> list[SourceSpec]:
     return value
 
 
+def _unweighted(value: list[SourceSpec] | None) -> list[SourceSpec] | None:
+    if any(source.weight is not None for source in value or ()):
+        raise ValueError("data for evaluation are taken as they are, each once: leave `weight` out")
+    return value
+
+
 Sources = Annotated[list[SourceSpec], BeforeValidator(_sources), AfterValidator(_sources_weighted)]
 
 
@@ -275,7 +281,7 @@ class DataSpec(Strict):
     """Data for training and evaluation, and how rows become batches."""
 
     train: Sources
-    eval: Annotated[list[SourceSpec] | None, BeforeValidator(_sources)] = None
+    eval: Annotated[list[SourceSpec] | None, BeforeValidator(_sources), AfterValidator(_unweighted)] = None
     holdout: float = Field(0.0, ge=0, lt=1)
     """Share of the training rows that are set aside for evaluation when `eval` is not given."""
     seq_len: int | None = Field(None, ge=2)
@@ -283,7 +289,7 @@ class DataSpec(Strict):
     weigh_by: Literal["samples", "tokens"] = "samples"
     """What the weights of sources are parts of; `tokens` needs data that have them."""
     shuffle: int = Field(65_536, ge=1)
-    """Rows that are mixed with one another where they are streamed, in all lanes together."""
+    """Rows that are mixed with one another where they are streamed, in all lanes together; at most 64 MiB of files."""
     workers: int | None = Field(None, ge=0)
     """Processes that prepare batches; by default none for data in memory, up to 4 where files are decoded."""
     seed: int | None = None
@@ -303,8 +309,8 @@ class GuardSpec(Strict):
     """So many standard deviations above the median of the loss, or of the gradient norm's logarithm, are a spike."""
     window: int = Field(128, ge=20)
     """Updates before it that an update is compared with."""
-    rollbacks: int = Field(10, ge=1)
-    """Windows of data that may be passed over before the run stops."""
+    limit: int = Field(10, ge=1)
+    """Windows of data that may be passed over, and updates that may be left out in a row, before the run stops."""
 
 
 class TrainSpec(Strict):

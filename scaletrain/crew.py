@@ -31,6 +31,8 @@ class Progress:
     """Of a stream: where each lane stands, by number."""
     skipped: list[int] = field(default_factory=list)
     """Windows of the data that are not trained on, since they led to a rollback."""
+    refused: int = 0
+    """Updates that the guard has left out in a row."""
     history: dict[str, list[list[float]]] = field(default_factory=dict)
     """By turn: the last losses and gradient norms, that spikes are told by."""
     complete: bool = False

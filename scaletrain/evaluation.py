@@ -10,7 +10,7 @@ import torch
 
 from scaletrain.config import Recipe
 from scaletrain.data.dataset import Dataset
-from scaletrain.data.loader import passes
+from scaletrain.data.loader import REPEATED, passes
 from scaletrain.data.order import key_of
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
@@ -24,14 +24,16 @@ def evaluate(
     recipe: Recipe,
     world: World,
     beat: Callable[[], None] = lambda: None,
+    lockstep: bool = False,
 ) -> dict[str, float]:
     """Return each term of the evaluation set, summed over ranks and divided once; nothing without such a set.
 
-    beat: called at each batch.
+    beat: called at each batch. lockstep: all ranks take as many batches; one that has fewer takes one that is not
+    counted.
     """
     if dataset is None:
         return {}
-    share = world.agree(lambda: _share(objective, networks, dataset, recipe, world, beat))
+    share = world.agree(lambda: _share(objective, networks, dataset, recipe, world, beat, lockstep))
     shares = world.gather(share)
     units = {k: v for share in shares for k, v in share[2].items()}
     weights = {k: v for share in shares for k, v in share[3].items()}
@@ -51,18 +53,21 @@ def _share(
     recipe: Recipe,
     world: World,
     beat: Callable[[], None],
+    lockstep: bool,
 ) -> tuple[dict[str, float], dict[str, int], dict[str, str], dict[str, float]]:
     """Return this rank's sums of terms, counts of units, the unit of each term and its weight."""
     sums: dict[str, torch.Tensor] = {}
     units: dict[str, str] = {}
     weights: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for micro in passes(dataset, _batch_size(recipe), world.size, world.rank):
+    for micro in passes(dataset, _batch_size(recipe), world.size, world.rank, lockstep):
         beat()
         torch.manual_seed(key_of(recipe.seed, "evaluate", micro.number))
         tensors = {name: tensor.to(world.device) for name, tensor in micro.tensors.items()}
         with torch.no_grad(), autocast(world.device, recipe.train.precision):
             terms = objective.evaluate(networks, tensors)
+        if micro.window == REPEATED:
+            continue
         for unit, number in objective.counts(objective.turns[0], micro.tensors).items():
             counts[unit] = counts.get(unit, 0) + number
         for name, term in terms.items():

@@ -12,10 +12,12 @@ from scaletrain.config import EvaluateSpec, Stage
 from scaletrain.crew import Crew, Progress
 from scaletrain.data.dataset import First
 from scaletrain.data.order import key_of
+from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.evaluation import evaluate
 from scaletrain.objectives.base import Request
+from scaletrain.watchdog import Watchdog
 
 
 class Evaluator:
@@ -44,21 +46,25 @@ class Evaluator:
             )
         with self._at_rest() as networks:
             few = First(held, 2 * self._world.size)
-            found = evaluate(self._crew.objective, networks, few, self._stage.recipe, self._world)
+            lockstep = self._crew.engine.lockstep
+            found = evaluate(self._crew.objective, networks, few, self._stage.recipe, self._world, lockstep=lockstep)
         for key, name in wanted.items():
             if name not in found:
                 raise UserError(f"`{key}`: there is no metric `{name}`.{did_you_mean(name, found)}")
 
-    def run(self, step: int, beat: Callable[[], None]) -> dict[str, float]:
-        """Evaluate and draw samples. Returns the metrics. beat: called at each batch."""
+    def run(self, step: int, watchdog: Watchdog) -> dict[str, float]:
+        """Evaluate and draw samples. Returns the metrics."""
         objective, held, recipe = self._crew.objective, self._crew.data.eval, self._stage.recipe
         with self._at_rest() as networks:
-            metrics = evaluate(objective, networks, held, recipe, self._world, beat)
+            lockstep = self._crew.engine.lockstep
+            metrics = evaluate(objective, networks, held, recipe, self._world, watchdog.beat, lockstep)
             if metrics:
                 record = {"kind": "evaluate", "step": step, "stage": self._stage.name, **metrics}
                 self._tell("evaluated", step, record)
             if self._spec.samples:
-                self._world.on_main(lambda: self._sample(step, networks))
+                share = self._world.agree if lockstep else self._world.on_main
+                with watchdog.paused():
+                    share(lambda: self._sample(step, networks))
         return metrics
 
     def judge(self, metrics: Mapping[str, float]) -> bool:
@@ -81,7 +87,8 @@ class Evaluator:
         """Draw the same samples, as it were, at every evaluation: from the same noise."""
         seed = key_of(self._stage.recipe.seed, "samples")
         request = Request(self._spec.samples, torch.Generator(self._world.device).manual_seed(seed))
-        samples: Any = self._crew.objective.sample(networks, request)
+        with autocast(self._world.device, self._stage.recipe.train.precision):
+            samples: Any = self._crew.objective.sample(networks, request)
         if samples is not None:
             self._tell("sampled", step, samples)
 

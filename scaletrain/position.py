@@ -25,16 +25,18 @@ def next_window(taken: int, skipped: Collection[int]) -> int:
     return last + 1
 
 
-def steps_of(duration: Duration, turns: Sequence[Turn], data: Data, global_batch: int) -> int:
-    """Turn a duration into steps of this stage. Raises UserError for tokens where they are not known."""
+def steps_of(
+    duration: Duration, turns: Sequence[Turn], data: Data, global_batch: int, key: str = "train.duration"
+) -> int:
+    """Turn a duration into steps of this stage. Raises UserError, which names the key, where the unit is not known."""
     if duration.unit == "steps":
         return math.ceil(duration.value)
     samples = duration.value
     if duration.unit == "epochs":
         if isinstance(data.train, Stream):
             raise UserError(
-                "epochs: how many examples the rows of a stream come to is not known before they are read; give steps, "
-                "or, for train.duration, tokens."
+                f"{key} is in epochs: how many examples the rows of a stream come to is not known before they are "
+                f"read. Give steps{', samples or tokens' if key == 'train.duration' else ''}."
             )
         samples *= len(data.train)
     elif duration.unit == "tokens":

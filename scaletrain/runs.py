@@ -30,6 +30,7 @@ from scaletrain.config import NetworkSpec, Recipe, Stage
 from scaletrain.crew import Progress
 from scaletrain.data.loader import Layout
 from scaletrain.data.stream import Stream
+from scaletrain.engine.choice import engine_name
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
 from scaletrain.finished import report_on
@@ -70,6 +71,7 @@ def train(
     signal stopped the run after it saved.
     """
     check(recipe)
+    engine_name()
     world = World.start()
     try:
         with StopSignals() as signals:
@@ -91,10 +93,13 @@ def validate(recipe: Recipe) -> str:
     run = _Run(recipe, Path(), World(torch.device("cpu")), [])
     objective, data, _ = run.prepare(parts[0])
     first = parts[0].recipe
-    every = (first.checkpoint.every, first.checkpoint.keep_every, first.evaluate.every)
+    saving, judging = first.checkpoint, first.evaluate
+    durations = {"train.duration": first.train.duration, "checkpoint.every": saving.every}
+    durations |= {"checkpoint.keep_every": saving.keep_every, "evaluate.every": judging.every}
     steps, *_ = (
-        steps_of(duration, objective.turns, data, first.train.global_batch)
-        for duration in (first.train.duration, *filter(None, every))
+        steps_of(duration, objective.turns, data, first.train.global_batch, key)
+        for key, duration in durations.items()
+        if duration
     )
     kind = "rows of a stream" if isinstance(data.train, Stream) else "examples"
     held = len(data.eval) if data.eval else 0
@@ -234,10 +239,13 @@ class _Run:
             gc.collect()  # what it held, of which some refers to itself, before others are built
             saved = self.world.on_main(lambda: self._newest_of(stage))
             back = int(reader.manifest(saved)["step"]) if saved else self._first_step(stage)
-            if self.world.main:
-                rewind(self.folder / METRICS, back)
-                for observer in self.observers:
-                    observer.noted(back, {**going, "step": back, "stage": stage.name})
+            self.world.on_main(lambda: self._note(back, {**going, "step": back, "stage": stage.name}))  # noqa: B023
+
+    def _note(self, step: int, record: Mapping[str, Any]) -> None:
+        """Put on record that the run went back to a step."""
+        rewind(self.folder / METRICS, step)
+        for observer in self.observers:
+            observer.noted(step, record)
 
     def _build(self, stage: Stage, saved: Path | None, skipped: list[int], signals: StopSignals) -> Trainer:
         """Build everything of one stage, as `saved` has it. skipped: windows of the data that are passed over."""

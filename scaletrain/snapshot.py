@@ -29,6 +29,7 @@ from scaletrain.checkpoint.tensors import WHOLE, load_tensors, save_tensors
 from scaletrain.checkpoint.writer import prune, write
 from scaletrain.config import CheckpointSpec, NetworkSpec, Stage
 from scaletrain.crew import Crew, Progress
+from scaletrain.engine.base import Engine
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted
 from scaletrain.networks.build import save
@@ -87,7 +88,7 @@ class Snapshot:
 
     def reserve(self, crew: Crew) -> None:
         """Make room for copies beside the loop, once; after a step, when optimisers have their state."""
-        if self._reserved:
+        if self._reserved or crew.engine.lockstep:
             return
         self._reserved = True
         states = {name: crew.engine.state(player) for name, player in crew.players.items()}
@@ -103,6 +104,7 @@ class Snapshot:
         this one where it is not asynchronous, is raised as Interrupted, on every rank.
         """
         states = {name: crew.engine.state(player) for name, player in crew.players.items()}
+        changing, fixed = self._split(crew, states)
         self._reserved = True
         facts = {
             "stage": stage.name,
@@ -120,12 +122,13 @@ class Snapshot:
         def begin() -> None:
             self._background.wait()
             with _told(step, self.root):
-                fill = self._take(crew, progress, states)
+                fill = self._take(crew, progress, states, changing, fixed)
             self._background.start(lambda: self._write(step, fill, facts))
 
         self._on_main(begin)
         self._saved = time.monotonic()
-        if not self.spec.asynchronous:
+        # Asking a sharded module for its state reshards it, under the feet of a forward pass.
+        if not self.spec.asynchronous or crew.engine.lockstep:
             self.finish()
 
     def finish(self) -> None:
@@ -149,18 +152,27 @@ class Snapshot:
         return {name: module for name, module in crew.engine.plain().items() if not self.specs[name].frozen}
 
     def _split(self, crew: Crew, states: _States) -> tuple[dict[str, Mapping[str, torch.Tensor]], dict[str, Any]]:
-        """Return the tensors of networks and players that change, by group, and the rest of the networks' state."""
+        """Return the tensors of networks and players that change, by group, and the rest of the networks' state.
+
+        All processes call it: what is held in parts is gathered.
+        """
         trained = {id(p) for player in crew.players.values() for p in player.trainable.values()}
         changing: dict[str, Mapping[str, torch.Tensor]] = {f"players/{n}": state for n, (state, _) in states.items()}
         fixed: dict[str, Mapping[str, Any]] = {}
         for name, module in self._networks(crew).items():
-            changing[f"networks/{name}"], fixed[name] = _parts(module, self.specs[name], trained)
+            changing[f"networks/{name}"], fixed[name] = _parts(module, self.specs[name], trained, crew.engine)
         return changing, fixed
 
-    def _take(self, crew: Crew, progress: Progress, states: _States) -> Callable[[Path], None]:
+    def _take(
+        self,
+        crew: Crew,
+        progress: Progress,
+        states: _States,
+        changing: dict[str, Mapping[str, torch.Tensor]],
+        fixed: Mapping[str, Any],
+    ) -> Callable[[Path], None]:
         """Take what is to be written. Returns what writes it into a folder."""
         networks = self._networks(crew)
-        changing, fixed = self._split(crew, states)
         family = crew.objective.state_dict()
         changing["family"] = {k: v for k, v in family.items() if isinstance(v, torch.Tensor)}
         taken = self._copies.take(changing) if self.spec.asynchronous else changing
@@ -228,7 +240,9 @@ def _told(step: int, root: Path) -> Iterator[None]:
         ) from error
 
 
-def _parts(module: nn.Module, spec: NetworkSpec, trained: Collection[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _parts(
+    module: nn.Module, spec: NetworkSpec, trained: Collection[int], engine: Engine
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a network's state into the tensors that change while it is trained, and the rest: an adapter's base.
 
     A tensor under two names, as tied weights are, is the same object under both. trained: `id` of trained parameters.
@@ -241,8 +255,10 @@ def _parts(module: nn.Module, spec: NetworkSpec, trained: Collection[int]) -> tu
         if not isinstance(value, torch.Tensor):
             fixed[name] = value
             continue
-        target = changing if spec.adapter is None or id(value) in known else fixed
-        target[name] = held.setdefault(id(value), value.detach())
+        changes = spec.adapter is None or id(value) in known
+        if id(value) not in held:
+            held[id(value)] = engine.whole(value.detach(), value) if changes else value.detach()
+        (changing if changes else fixed)[name] = held[id(value)]
     return changing, fixed
 
 

@@ -38,7 +38,7 @@ from scaletrain.data.loader import Failure, Layout, Micro, Windows
 from scaletrain.data.mixture import Mixture
 from scaletrain.data.order import key_of
 from scaletrain.data.stream import Cursor, Stream
-from scaletrain.engine.data_parallel import DataParallel
+from scaletrain.engine.choice import build_engine
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError, agreed
@@ -75,12 +75,12 @@ class Trainer:
         self.objective, self.engine, self.players = crew.objective, crew.engine, crew.players
         self.turns = self.objective.turns
         self.layout = self._layout(recipe.train)
-        self.steps = self._interval(recipe.train.duration)
+        self.steps = self._interval(recipe.train.duration, "train.duration")
         save, judge = recipe.checkpoint.every, recipe.evaluate.every
-        self.save_every = self._interval(save) if save else max(1, self.steps // 10)
-        self.evaluate_every = self._interval(judge) if judge else self.steps
+        self.save_every = self._interval(save, "checkpoint.every") if save else max(1, self.steps // 10)
+        self.evaluate_every = self._interval(judge, "evaluate.every") if judge else self.steps
         keep = recipe.checkpoint.keep_every
-        self.keep_every = self._interval(keep) if keep else None
+        self.keep_every = self._interval(keep, "checkpoint.keep_every") if keep else None
         self.metrics: dict[str, float] = {}
         self._meter = Meter(self.objective.throughput, self.engine.plain().values(), recipe.train.precision, world)
         self._spikes = {
@@ -109,14 +109,16 @@ class Trainer:
         """Make players and an engine for networks that are built and on the device."""
         train = stage.recipe.train
         steps = steps_of(train.duration, objective.turns, data, train.global_batch)
-        players = build_players(stage.recipe, networks, objective.turns, steps)
-        for player in players.values():
-            for name, module in player.networks.items():
-                if train.recompute:
-                    recompute(name, module)
-                if train.compile:
-                    module.compile()
-        engine = DataParallel(world, train.precision)
+        engine = build_engine(world, train.precision)
+        trained = [name for name, module in networks.items() if any(p.requires_grad for p in module.parameters())]
+        for name in trained:
+            if train.recompute:
+                recompute(name, networks[name])
+        engine.wrap(networks, trained)
+        players = build_players(stage.recipe, networks, objective.turns, steps, engine.local)
+        for name in trained:
+            if train.compile:
+                networks[name].compile()
         engine.prepare(players.values(), networks)
         return cls(stage, Crew(objective, data, engine, players), progress, snapshot, observers, world)
 
@@ -134,8 +136,8 @@ class Trainer:
         self.progress.batch = now
         return layout
 
-    def _interval(self, duration: Duration) -> int:
-        return steps_of(duration, self.turns, self.crew.data, self.recipe.train.global_batch)
+    def _interval(self, duration: Duration, key: str) -> int:
+        return steps_of(duration, self.turns, self.crew.data, self.recipe.train.global_batch, key)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -232,6 +234,7 @@ class Trainer:
         self.engine.synchronise_statistics(outcome.stepped)
         if outcome.stepped:
             player.updates += 1
+            self.progress.refused = 0
             if player.ema:
                 player.ema.update(player.updates)
             self.objective.after_update(player, self.engine.plain())
@@ -321,10 +324,11 @@ class Trainer:
         else:
             cause = f"the loss is not finite ({where})" if held else "the loss is finite, a gradient is not"
         text = f"step {self.global_step}, stage {self.stage.name}, turn {turn.name}: {cause}."
-        if policy == "skip":
+        self.progress.refused += 1
+        if policy == "skip" and self.progress.refused <= guard.limit:
             record = {"kind": "skip", "step": self.global_step + 1, "stage": self.stage.name, "reason": text}
             self._tell("noted", self.global_step + 1, record)
-        elif policy == "rollback" and len(self.progress.skipped) < guard.rollbacks:
+        elif policy == "rollback" and len(self.progress.skipped) < guard.limit:
             raise Rollback(text, self.global_step, (micros[0].window,))
         else:
             raise agreed(
@@ -342,7 +346,7 @@ class Trainer:
         last = progress.step == self.steps
         is_best = False
         if last or progress.step % self.evaluate_every == 0:
-            found = self.evaluator.run(self.global_step, self._watchdog.beat)
+            found = self.evaluator.run(self.global_step, self._watchdog)
             self.metrics = found or self.metrics
             is_best = self.evaluator.judge(found)
             patience = recipe.evaluate.patience

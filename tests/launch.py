@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -61,10 +61,16 @@ class Run:
             time.sleep(0.002)
 
 
-def start(arguments: Sequence[object], processes: int = 1, cwd: Path | None = None, own_group: bool = False) -> Run:
+def start(
+    arguments: Sequence[object],
+    processes: int = 1,
+    cwd: Path | None = None,
+    own_group: bool = False,
+    variables: Mapping[str, str] | None = None,
+) -> Run:
     """Start `scaletrain ARGUMENTS` on so many ranks, with the variables that torchrun would set.
 
-    own_group: each rank leads a process group of its own, with its number.
+    own_group: each rank leads a process group of its own, with its number. variables: more of the environment.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -72,7 +78,7 @@ def start(arguments: Sequence[object], processes: int = 1, cwd: Path | None = No
     output = Path(tempfile.mkstemp(suffix=".log")[1])
     ranks = []
     for rank in range(processes):
-        environment = {"ACCELERATE_USE_CPU": "true"}
+        environment = {"ACCELERATE_USE_CPU": "true", **(variables or {})}
         if processes > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -101,9 +107,15 @@ def _main(arguments: list[str], environment: dict[str, str], output: Path, cwd: 
     main()
 
 
-def run(arguments: Sequence[object], processes: int = 1, cwd: Path | None = None, expect: int = 0) -> str:
+def run(
+    arguments: Sequence[object],
+    processes: int = 1,
+    cwd: Path | None = None,
+    expect: int = 0,
+    variables: Mapping[str, str] | None = None,
+) -> str:
     """Run to the end and check the exit status of every rank. Returns the output."""
-    codes, text = start(arguments, processes, cwd).finish()
+    codes, text = start(arguments, processes, cwd, variables=variables).finish()
     assert codes == [expect] * processes, f"exit statuses {codes}\n{text}"
     return text
 

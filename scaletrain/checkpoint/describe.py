@@ -17,6 +17,8 @@ def describe(folder: Path) -> dict[str, Any]:
 
     Raises UserError when there is none, or its manifest or state cannot be read.
     """
+    from safetensors import SafetensorError
+
     found = checkpoints(folder)
     checkpoint = found[-1] if found else folder
     try:
@@ -34,7 +36,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "progress": state["progress"],
             "objective": sorted(state["objective"]),
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         cause = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{checkpoint} cannot be described ({cause}). `scaletrain verify` tells what is wrong."

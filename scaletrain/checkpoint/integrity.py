@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scaletrain.checkpoint.layout import MANIFEST
+from scaletrain.checkpoint.layout import FORMAT, MANIFEST
 
 _PICKLES = frozenset((".bin", ".ckpt", ".dill", ".distcp", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"))
 """Endings under which libraries keep pickles; `.metadata` is torch.distributed.checkpoint's."""
@@ -22,31 +23,53 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the SHA-256 of its own values, so that a change of any of them shows."""
+    content: dict[str, Any] = json.loads(json.dumps({key: manifest[key] for key in manifest if key != "sha256"}))
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+
+
 def verify(folder: Path) -> list[str]:
     """Check a checkpoint against its manifest. Returns what is wrong, one line each; nothing when it is whole.
 
     A pickle is a fault even where the manifest lists it: whoever can put one there can list it too.
     """
     try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
+        content = json.loads((folder / MANIFEST).read_text())
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
+        # Earlier formats have no seal; that they are not read any more is for the reader to say.
+        changed = (content["format"] == FORMAT or "sha256" in content) and content != sealed(content)
     except FileNotFoundError:
         return [f"{MANIFEST}: missing"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST}: cannot be read ({error})"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST}: cannot be read ({type(error).__name__}: {error})"]
+    if changed:
+        return [f"{MANIFEST}: its content changed (SHA-256 differs)"]
     faults = []
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{name}: missing")
-        elif is_pickle(path):
-            faults.append(f"{name}: a pickle, which can run code when it is read, and is never part of a checkpoint")
-        elif path.stat().st_size != expected["bytes"]:
-            faults.append(f"{name}: {path.stat().st_size} bytes instead of {expected['bytes']}")
-        elif sha256(path) != expected["sha256"]:
-            faults.append(f"{name}: its bytes changed (SHA-256 differs)")
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    faults += [f"{name}: not in the manifest" for name in sorted(present - set(files) - {MANIFEST})]
+    for name, (size, digest) in files.items():
+        try:
+            fault = _fault(folder / name, size, digest)
+        except OSError as error:  # a bad sector, most often
+            fault = f"cannot be read ({error.strerror or error})"
+        faults += [f"{name}: {fault}"] if fault else []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            faults.append(f"{name}: a link, and no file of this checkpoint")
+        elif path.is_file() and name not in (*files, MANIFEST):
+            faults.append(f"{name}: not in the manifest")
     return faults
+
+
+def _fault(path: Path, size: int, digest: str) -> str | None:
+    """Say what is wrong with one file."""
+    if not path.is_file():
+        return "missing"
+    if is_pickle(path):
+        return "a pickle, which can run code when it is read, and is never part of a checkpoint"
+    if path.stat().st_size != size:
+        return f"{path.stat().st_size} bytes instead of {size}"
+    return None if sha256(path) == digest else "its bytes changed (SHA-256 differs)"
 
 
 def is_pickle(path: Path) -> bool:

@@ -2,28 +2,30 @@
 
 recipe.yaml  metrics.jsonl  summary.json  samples/
 step-00001000/
-  manifest.json             facts, and every file with bytes and SHA-256
+  manifest.json             facts, every file with bytes and SHA-256, and a SHA-256 of itself
   networks/<name>/          weights of each trained network in its library's layout
   training/<player>/        optimiser state and EMA, by `kind/network/parameter`: see `scaletrain.checkpoint.tensors`
   training/objective.safetensors  what the family carries, where it does
   training/state.json       counters, schedules, scalers, progress
 latest -> step-00001000     best -> step-00000800
-.saving-step-00001200/      is being written, or was when the run was killed
+.saving-...                 is being written, fetched or removed, or was when the run was killed
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 STATE = "training/state.json"
 FAMILY = "training/objective.safetensors"
+log = logging.getLogger("scaletrain")
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -49,8 +51,14 @@ def number(path: Path) -> int:
 
 
 def point(link: Path, target: str) -> None:
-    """Make a symbolic link point to `target`, atomically."""
+    """Make a symbolic link point to `target`, atomically.
+
+    Links are for people, and some file systems have none: that one cannot be made is told, and no error.
+    """
     temporary = link.with_name(f".{link.name}.new")
-    temporary.unlink(missing_ok=True)
-    os.symlink(target, temporary)
-    os.replace(temporary, link)
+    try:
+        temporary.unlink(missing_ok=True)
+        os.symlink(target, temporary)
+        os.replace(temporary, link)
+    except OSError as error:
+        log.warning("%s could not be made to point to %s: %s", link, target, error)

@@ -7,9 +7,11 @@ A checkpoint is complete there when it has its manifest, which is sent last and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -87,13 +89,14 @@ class Remote:
         if not here:
             return
         lasting = [p for p in here[:-1] if any(facts_of(p).get(k) for k in ("complete", "kept", "best"))]
+        for name in (RECIPE, METRICS):  # before the checkpoint, which nobody could go on from without the recipe
+            if (self.folder / name).exists():
+                self._fs.makedirs(self._root, exist_ok=True)
+                self._fs.put_file(str(self.folder / name), f"{self._root}/{name}")
         for path in (here[-1], *reversed(lasting)):
             self.in_use = frozenset((path.name,))
             if self._facts(path.name) != facts_of(path):
                 self._send(path)
-        for name in (RECIPE, METRICS):
-            if (self.folder / name).exists():
-                self._fs.put_file(str(self.folder / name), f"{self._root}/{name}")
         there = [(name, self._facts(name)) for name in self._names()]
         for name in superfluous([(name, facts) for name, facts in there if facts], self.keep):
             if name != here[-1].name:
@@ -146,7 +149,8 @@ class Remote:
 
         check: is given the recipe that is there before anything is kept, and raises when it is another. Returns
         whether there was any. Raises UserError when the store cannot be read, or holds checkpoints none of which
-        verifies.
+        verifies; then nothing is kept. Checkpoints get their names at the end, the newest last: as long as there is
+        none, the same command fetches again.
         """
         hidden = self.folder / ".saving-fetched"
         existed = self.folder.exists()
@@ -155,20 +159,27 @@ class Remote:
             if not found:
                 return False
             log.info("fetching the newest checkpoint from %s/%s", self.url, self.folder.name)
-            hidden.mkdir(parents=True, exist_ok=True)
-            self._fs.get_file(f"{self._root}/{RECIPE}", str(hidden / RECIPE))
-            check(hidden / RECIPE)
+            with tempfile.TemporaryDirectory() as place:
+                recipe = Path(place) / RECIPE
+                self._fs.get_file(f"{self._root}/{RECIPE}", str(recipe))
+                check(recipe)
+                content = recipe.read_bytes()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / RECIPE).write_bytes(content)  # makes it the folder of a run, should this one be killed
+            shutil.rmtree(hidden, ignore_errors=True)
+            hidden.mkdir()
             taken = next((i for i in reversed(range(len(found))) if self._fetch(found[i][0], hidden)), None)
             if taken is None:
                 raise UserError(f"checkpoint.remote: no checkpoint in {self.url}/{self.folder.name} verifies.")
             best = next((name for name, facts in reversed(found[: taken + 1]) if facts.get("best")), None)
-            for name, facts in found[:taken]:
-                if facts.get("complete") or name == best:
-                    self._fetch(name, hidden)
+            wanted = [name for name, facts in found[:taken] if facts.get("complete") or name == best]
+            names = [*(name for name in wanted if self._fetch(name, hidden)), found[taken][0]]
             if self._fs.exists(f"{self._root}/{METRICS}"):
-                self._fs.get_file(f"{self._root}/{METRICS}", str(self.folder / METRICS))
-            point(self.folder / "latest", found[taken][0])
-            (hidden / RECIPE).rename(self.folder / RECIPE)
+                self._fs.get_file(f"{self._root}/{METRICS}", str(hidden / METRICS))
+                (hidden / METRICS).replace(self.folder / METRICS)
+            for name in names:
+                (hidden / name).rename(self.folder / name)
+            point(self.folder / "latest", names[-1])
             return True
         except UserError:
             raise
@@ -178,19 +189,22 @@ class Remote:
             ) from error
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
-            if not existed and self.folder.exists() and not any(self.folder.iterdir()):
-                self.folder.rmdir()
+            if not existed and not checkpoints(self.folder):
+                for name in (RECIPE, METRICS):
+                    (self.folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
 
     def exists(self) -> bool:
         """Say whether there is a checkpoint of this run."""
         return any(self._facts(name) for name in self._names())
 
     def _fetch(self, name: str, hidden: Path) -> bool:
-        """Copy one checkpoint here. Returns False, and says why, when it does not verify."""
+        """Copy one checkpoint to `hidden`. Returns False, and says why, when it does not verify."""
         folder = f"{self._root}/{name}"
         for path in self._fs.find(folder):
             relative = PurePosixPath(path[path.index(folder) + len(folder) + 1 :])
-            if ".." in relative.parts:
+            if relative.is_absolute() or ".." in relative.parts:
                 raise UserError(f"checkpoint.remote: {path} is no file of a checkpoint.")
             target = hidden / name / relative
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -201,5 +215,4 @@ class Remote:
                 "%s/%s/%s is damaged and is passed over: %s", self.url, self.folder.name, name, "; ".join(faults)
             )
             return False
-        (hidden / name).rename(self.folder / name)
         return True

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scaletrain.checkpoint.integrity import sha256, verify
+from scaletrain.checkpoint.integrity import sealed, sha256, verify
 from scaletrain.checkpoint.layout import FORMAT, MANIFEST, checkpoints, number, point, step_folder
+
+log = logging.getLogger("scaletrain")
 
 
 def write(root: Path, step: int, fill: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
@@ -29,14 +32,14 @@ def write(root: Path, step: int, fill: Callable[[Path], None], facts: Mapping[st
         files = sorted(p for p in hidden.rglob("*") if p.is_file())
         listing = {p.relative_to(hidden).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
         manifest = {"format": FORMAT, "step": step, **facts, "files": listing}
-        (hidden / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (hidden / MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n")
         for path in (*hidden.rglob("*"), hidden):
             _flush(path)
         faults = verify(hidden)
         if faults:
             raise OSError(f"what was written does not read back: {'; '.join(faults)}")
         if final.exists():  # an earlier attempt at this step that did not verify, or a repeated save
-            shutil.rmtree(final)
+            _discard(final)
         os.rename(hidden, final)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -57,22 +60,35 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; first its name, so that one which is half removed is never taken for one."""
+    hidden = path.with_name(f".saving-old-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
 def set_aside(root: Path, taken: Path | None) -> None:
-    """Rename the checkpoints after the one that a run goes on from, which did not verify, to `damaged-step-...`."""
+    """Rename the checkpoints after the one that a run goes on from, which did not verify, to `damaged-step-...`.
+
+    `latest` then points to that one.
+    """
     for path in checkpoints(root):
         if taken is None or number(path) > number(taken):
             target = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(target, ignore_errors=True)
             path.rename(target)
+    if taken is not None:
+        point(root / "latest", taken.name)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint, verified or not; nothing when it cannot be read."""
     try:
-        content: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        content = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         return {}  # damaged: nothing that a reader would take
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def superfluous(found: Sequence[tuple[str, Mapping[str, Any]]], keep: int) -> list[str]:
@@ -85,14 +101,17 @@ def superfluous(found: Sequence[tuple[str, Mapping[str, Any]]], keep: int) -> li
 
 
 def prune(root: Path, keep: int, newest: Path, in_use: Collection[str] = ()) -> None:
-    """Remove old checkpoints by `superfluous`, and have `best` point to the best.
+    """Have `best` point to the best, and remove old checkpoints by `superfluous`. One that will not go is told.
 
     newest: the one just written, which is known to be good and stays, as do those whose names are `in_use`.
     """
     found = [(path.name, facts_of(path)) for path in checkpoints(root)]
-    for name in superfluous(found, keep):
-        if name != newest.name and name not in in_use:
-            shutil.rmtree(root / name)
     best = next((name for name, facts in reversed(found) if facts.get("best")), None)
     if best is not None:
         point(root / "best", best)
+    for name in superfluous(found, keep):
+        if name != newest.name and name not in in_use:
+            try:
+                _discard(root / name)
+            except OSError as error:
+                log.warning("%s could not be removed: %s", root / name, error)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from scaletrain.data.order import Lanes, Order, Ordering
+from scaletrain.data.order import Int, Lanes, Order, Ordering
 
 Example = dict[str, Any]
 
@@ -50,8 +50,12 @@ class Dataset(ABC):
         """Return the order in which examples are trained on; `shuffle` matters where they are read from chunks."""
         return Order(len(self), *seed)
 
-    def prefetch(self, indices: Sequence[int]) -> None:  # noqa: B027 (most have nothing to prefetch)
+    def prefetch(self, indices: Int) -> None:  # noqa: B027 (most have nothing to prefetch)
         """Take a hint: these examples will be wanted before long."""
+
+    def held(self, indices: Int) -> Dataset:
+        """Return a data set of the same examples, of which these are wanted next: it may read them all at once."""
+        return self
 
     def name(self, index: int) -> str:
         """Say which row an example comes from, for messages."""

@@ -22,7 +22,7 @@ from pydantic import Field
 from scaletrain.config import Strict
 from scaletrain.data.classes import Classes
 from scaletrain.data.dataset import Dataset, Example
-from scaletrain.data.order import Lanes, Ordering
+from scaletrain.data.order import Int, Lanes, Ordering
 from scaletrain.data.sources import Rows
 from scaletrain.errors import UserError
 
@@ -186,9 +186,9 @@ class ImageDataset(Dataset):
         """Return the order of the rows."""
         return self._rows.order(lanes, shuffle, *seed)
 
-    def prefetch(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Int) -> None:
         """Pass the hint on."""
-        self._rows.prefetch(np.asarray(indices))
+        self._rows.prefetch(indices)
 
     def _streamed(self, indices: Sequence[int], draws: Sequence[np.random.Generator]) -> list[Example]:
         """Return examples of rows that are read now, all at once."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import count, repeat
 from queue import Full, Queue
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +21,16 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from scaletrain.data.dataset import Dataset
-from scaletrain.data.order import Lanes, key_of, seeds
+from scaletrain.data.order import Int, Lanes, key_of, seeds
 from scaletrain.data.stream import Cursor, Reader, Stream
 from scaletrain.errors import UserError
 
 T = TypeVar("T")
+
+SPAN = 4096
+"""Examples of a lane whose order is looked up at once, where they are read from chunks of at least so many."""
+HINTS = 64
+"""Rows of a chunk that are told to have it read ahead: in every order, one of them comes early."""
 
 
 @dataclass(frozen=True)
@@ -109,26 +114,49 @@ class _Positions(Sampler[tuple[int, int]]):
                     yield window, number
 
 
+class _Span(NamedTuple):
+    """Successive examples of a lane, from a place on, and the data set that may hold them."""
+
+    begin: int
+    examples: Int
+    dataset: Dataset
+
+
 class _Micros(TorchDataset[Micro | Failure]):
-    """Makes one micro-batch from its place."""
+    """Makes one micro-batch from its place. Of data that stream, it looks up the order of many at once."""
 
     def __init__(self, dataset: Dataset, layout: Layout, shuffle: int, seed: tuple[object, ...]):
         self.dataset, self.layout, self.lanes = dataset, layout, layout.lanes
         self.order, self.key = dataset.order(layout.lanes, shuffle, *seed), key_of(*seed, "samples")
+        self._spans: dict[int, _Span] = {}
 
     def __getitem__(self, place: tuple[int, int]) -> Micro | Failure:
         window, number = place
-        first = window * self.layout.global_batch + number * self.layout.micro_batch
-        positions = np.arange(first, first + self.layout.micro_batch)
-        examples = tuple(self.order(positions).tolist())
+        width = self.layout.micro_batch
+        first = window * self.layout.global_batch + number * width
+        positions = np.arange(first, first + width)
         try:
-            if self.order.ahead:
-                lane, places = self.lanes.split(positions)
-                later = self.order(self.lanes.position(lane, places + self.order.ahead))
-                self.dataset.prefetch([*examples, *later.tolist()])
-            return Micro(window, number, examples, self.dataset.batch(examples, seeds(positions, self.key)))
+            if not self.order.ahead:
+                examples, dataset = self.order(positions), self.dataset
+            else:
+                examples, dataset = self._streamed(number, window * width)
+            indices = tuple(examples.tolist())
+            return Micro(window, number, indices, dataset.batch(indices, seeds(positions, self.key)))
         except UserError as error:
             return Failure(str(error))
+
+    def _streamed(self, lane: int, place: int) -> tuple[Int, Dataset]:
+        """Return the examples of a micro-batch; now and then, tell the data set which come next, and much later."""
+        width, order = self.layout.micro_batch, self.order
+        span = self._spans.get(lane)
+        if span is None or not span.begin <= place < span.begin + len(span.examples):
+            places = np.arange(place, place + width * max(1, min(SPAN, order.chunk, order.ahead // 4) // width))
+            examples = order(self.lanes.position(lane, places))
+            some = slice(None, None, max(1, order.chunk // HINTS))
+            later = order(self.lanes.position(lane, places[some] + order.ahead))
+            self.dataset.prefetch(np.concatenate([examples[some], later]))
+            span = self._spans[lane] = _Span(place, examples, self.dataset.held(examples))
+        return span.examples[place - span.begin :][:width], span.dataset
 
 
 def _leave_group(worker: int) -> None:
@@ -251,14 +279,19 @@ class Windows:
         return failure or micros
 
 
-def passes(dataset: Dataset, batch: int, world: int = 1, rank: int = 0) -> Iterator[Micro]:
+REPEATED = -1
+"""The window of a batch that only keeps ranks in step."""
+
+
+def passes(dataset: Dataset, batch: int, world: int = 1, rank: int = 0, even: bool = False) -> Iterator[Micro]:
     """Yield this rank's share of one pass in order, for evaluation: each example once, the last batch short.
 
-    Augmentation draws from a generator of the example's number: the same at every evaluation.
+    Augmentation draws from a generator of the example's number: the same at every evaluation. even: ranks that have a
+    batch less than others get the first one again, with REPEATED for its window.
     """
-    for number, first in enumerate(range(0, len(dataset), batch)):
-        if number % world != rank:
-            continue
+    batches = -(-len(dataset) // batch)
+    for number in range(rank, -(-batches // world) * world if even else batches, world):
+        first = number * batch if number < batches else 0
         examples = np.arange(first, min(first + batch, len(dataset)))
         tensors = dataset.batch(examples.tolist(), seeds(examples, key_of("evaluate")))
-        yield Micro(0, number, tuple(examples.tolist()), tensors)
+        yield Micro(0 if number < batches else REPEATED, number, tuple(examples.tolist()), tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ class MixedOrder:
     def __init__(self, mix: Mix, orders: Sequence[Ordering], starts: Sequence[int], lanes: Lanes):
         self._mix, self._orders, self._starts, self._lanes = mix, list(orders), list(starts), lanes
         self.ahead = max(order.ahead for order in orders)
+        self.chunk = min((order.chunk for order in orders if order.ahead), default=1)
 
     def __call__(self, position: Int) -> Int:
         """Return example numbers for 0-based positions."""
@@ -162,11 +164,21 @@ class Mixture(Dataset):
         sizes = map(len, self.datasets)
         return {name: round(n / size, 4) for name, n, size in zip(self.labels, given.tolist(), sizes, strict=True)}
 
-    def prefetch(self, indices: Sequence[int]) -> None:
+    def prefetch(self, indices: Int) -> None:
         """Tell the data sets."""
         for number, dataset in enumerate(self.datasets):
-            first, last = self._starts[number : number + 2]
-            dataset.prefetch([i - first for i in indices if first <= i < last])
+            dataset.prefetch(self._of(number, indices))
+
+    def held(self, indices: Int) -> Dataset:
+        """Let each data set hold its own."""
+        found = copy.copy(self)
+        found.datasets = [dataset.held(self._of(number, indices)) for number, dataset in enumerate(self.datasets)]
+        return found
+
+    def _of(self, number: int, indices: Int) -> Int:
+        """Return those that belong to one data set, as it numbers them."""
+        first, last = self._starts[number : number + 2]
+        return indices[(indices >= first) & (indices < last)] - first
 
     def _locate(self, index: int) -> tuple[Dataset, int]:
         number = bisect_right(self._starts, index) - 1

@@ -7,8 +7,9 @@ instead of replaying, and every process, however many there are, computes the sa
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -62,13 +63,22 @@ def seeds(position: Int, key: int) -> npt.NDArray[np.uint64]:
         return _mix(_mix(position.astype(np.uint64) + np.uint64(1)) ^ np.uint64(key))
 
 
+def groups(values: Int) -> Iterator[tuple[int, Any]]:
+    """Yield each distinct value, and an index of the places where it stands. One value is the common case, and fast."""
+    if len(values) and (values == values[0]).all():
+        yield int(values[0]), slice(None)
+        return
+    for value in np.unique(values).tolist():
+        yield value, values == value
+
+
 class Order:
     """The endless sequence of a data set's examples, each epoch in an order of its own.
 
     size: examples in an epoch. seed: anything printable, such as (seed, stage).
     """
 
-    ahead = 0
+    ahead, chunk = 0, 1
     _TABLE = 1 << 20
     """An epoch of up to so many examples is permuted once and kept (8 MiB at most): a look-up instead of arithmetic."""
 
@@ -81,8 +91,7 @@ class Order:
         """Return the example number at each position of the endless sequence (0-based)."""
         epoch, place = np.divmod(position, self.size)
         out = np.empty_like(place)
-        for number in np.unique(epoch).tolist():
-            chosen = epoch == number
+        for number, chosen in groups(epoch):
             out[chosen] = self._in_epoch(number, place[chosen])
         return out
 
@@ -125,10 +134,11 @@ class Ordering(Protocol):
     """What gives the example number at each position of the endless sequence.
 
     ahead: so many places of a lane further on, the examples show what will have to be read before long; 0 for data that
-    are not read from chunks.
+    are not read from chunks. chunk: about how many rows a chunk has.
     """
 
     ahead: int
+    chunk: int
 
     def __call__(self, position: Int) -> Int:
         """Return example numbers for 0-based positions."""
@@ -145,14 +155,19 @@ class LocalOrder:
     chunks: (C,) rows of each. shuffle: rows that are mixed with one another, in all lanes together. seed: as in Order.
     """
 
+    _TABLE = 1 << 20
+    """Windows of up to so many rows in all lanes are permuted once and kept (12 MiB at most), as in Order."""
+
     def __init__(self, chunks: Int, lanes: Lanes, shuffle: int, *seed: object):
         self.lanes, self._seed = lanes, seed
         self._sizes = np.asarray(chunks, np.int64)
         self._first = np.concatenate([[0], self._sizes.cumsum()])
         self.size = int(self._first[-1])
         self.ahead = self.window = max(1, shuffle // lanes.count)
+        self.chunk = max(1, self.size // max(1, len(self._sizes)))
         self._bounds = np.arange(lanes.count + 1) * self.size // lanes.count
         self._tables: dict[int, tuple[Int, Int]] = {}
+        self._moves: dict[int, npt.NDArray[np.int32]] = {}
         if self.size < lanes.count:
             raise ValueError(f"{self.size} rows for {lanes.count} lanes")
 
@@ -160,23 +175,32 @@ class LocalOrder:
         """Return the row number at each position of the endless sequence (0-based)."""
         lane, place = self.lanes.split(position)
         out = np.empty_like(place)
-        for number in np.unique(lane).tolist():
-            chosen = lane == number
+        for number, chosen in groups(lane):
             out[chosen] = self._in_lane(number, place[chosen])
         return out
 
     def _in_lane(self, lane: int, place: Int) -> Int:
         first, last = self._bounds[lane : lane + 2].tolist()
         epoch, offset = np.divmod(place, last - first)
-        window = offset // self.window
+        windows = -(-(last - first) // self.window)
         out = np.empty_like(place)
-        for e, w in np.unique(np.stack([epoch, window], 1), axis=0).tolist():
-            chosen = (epoch == e) & (window == w)
+        for number, chosen in groups(epoch * windows + offset // self.window):
+            e, w = divmod(number, windows)
             begin = w * self.window
-            size = min(self.window, last - first - begin)
-            moved = permute(offset[chosen] - begin, size, key_of(*self._seed, "window", e, lane, w))
+            moved = self._shuffled(e, lane, w, min(self.window, last - first - begin), offset[chosen] - begin)
             out[chosen] = self._rows(e, first + begin + moved)
         return out
+
+    def _shuffled(self, epoch: int, lane: int, window: int, size: int, place: Int) -> Int:
+        """Return where some places of a window are moved to."""
+        key = key_of(*self._seed, "window", epoch, lane, window)
+        if self.window * self.lanes.count > self._TABLE:
+            return permute(place, size, key)
+        if key not in self._moves:
+            while len(self._moves) >= 3 * self.lanes.count:  # a lane reads on in one while it looks two ahead
+                del self._moves[next(iter(self._moves))]
+            self._moves[key] = permutation(size, key).astype(np.int32)
+        return self._moves[key][place].astype(np.int64)
 
     def _rows(self, epoch: int, place: Int) -> Int:
         """Return the rows at some places of an epoch's sequence of chunks."""

@@ -195,13 +195,15 @@ def _mds(spec: SourceSpec) -> list[Table]:
                 raise UserError(f"`{listing.label}` lists shards of {entry['format']} {entry['version']}, not of mds 2")
             plain = File(fs, f"{root}/{entry['raw_data']['basename']}")
             packed = File(fs, f"{root}/{entry['zip_data']['basename']}") if entry["zip_data"] else plain
+            if ".." in (*plain.path.split("/"), *packed.path.split("/")):
+                raise UserError(f"`{listing.label}` lists `{packed.path}`, which is not in its folder")
             if packed is not plain and plain.local and os.path.exists(plain.path):
                 packed = plain
             if packed is not plain and not packed.path.endswith(COMPRESSED):
                 raise UserError(f"`{packed.label}` is compressed by {entry['compression']}: only zstd and gz are read")
             files.append(packed)
             entries.append(entry)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"`{listing.label}` is no index of MDS shards: {type(error).__name__} {error}") from error
     return [ShardTable(spec.path, MdsShards(files, int(spec.cache_gb * 1e9), entries))]
 

@@ -123,7 +123,7 @@ class Chunks:
         before = time.monotonic() - STALE_SECONDS
         self._wanted = deque(w for w in self._wanted if w[0] >= before)
         for key, entry in list(self._entries.items()):
-            if not entry.used and entry.since < before:
+            if not entry.used and entry.size and entry.since < before:
                 self._drop(key, entry)
 
     def _ahead(self, key: Key, entry: _Entry, read: Read) -> None:
@@ -197,6 +197,7 @@ class ShardTable(Table):
         self._numbers, self._indices = full, [indices[i] for i in full]
         self.columns = self._agreed() if full else ()
         self.folder = shards.folder(full[0]) if full else ""
+        self.nbytes = sum(index.version.size for index in self._indices)
         sizes = [index.rows for index in self._indices]
         self._sizes = np.concatenate(sizes) if sizes else np.empty(0, np.int64)
         self._starts = np.concatenate([[0], self._sizes.cumsum()])

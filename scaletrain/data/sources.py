@@ -6,6 +6,7 @@ the user's files, and the whole has a fingerprint of its content. What is in a f
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from scaletrain.data.readers import open_tables
 from scaletrain.data.tables import Head, Ints, StreamColumn, Table, gather
 from scaletrain.errors import UserError, did_you_mean
 
+SHUFFLE_BYTES = 64 << 20
+"""Of files, whose rows are mixed with one another at most: in memory they take up to several times as much."""
 _RUNS = 8
 """Of a sample of rows."""
 
@@ -53,6 +56,24 @@ class Column(Sequence[Any]):
 
 
 @final
+class _Held:
+    """Values of some rows, by column, in memory."""
+
+    def __init__(self, rows: Ints):
+        self.rows = rows
+        self.values: dict[str, list[Any]] = {}
+        self._next = 0
+
+    def places(self, rows: Ints) -> slice | None:
+        """Return where these rows stand, one after the other, among those that are held; None if they do not."""
+        for start in (self._next, 0):
+            if np.array_equal(self.rows[start : start + len(rows)], rows):
+                self._next = start + len(rows)
+                return slice(start, self._next)
+        return None
+
+
+@final
 class Rows:
     """Rows by number, from one or more tables that have some columns in common.
 
@@ -70,6 +91,7 @@ class Rows:
         self._roles = list(roles) if roles is not None else [{} for _ in self._tables]
         self._starts = [0, *accumulate(len(t) for t in self._tables)]
         self._indices = indices
+        self._held: _Held | None = None
 
     def __len__(self) -> int:
         return self._starts[-1] if self._indices is None else len(self._indices)
@@ -142,6 +164,27 @@ class Rows:
 
     def take(self, names: Sequence[str], rows: Ints) -> dict[str, list[Any]]:
         """Return the values of these rows, in this order, as `column` gives them. Raises UserError, IndexError."""
+        if self._held is not None and (places := self._held.places(rows)):
+            values = self._held.values
+            if missing := [name for name in names if name not in values]:
+                values.update(self._read(missing, self._held.rows))
+            return {name: values[name][places] for name in names}
+        return self._read(names, rows)
+
+    def held(self, rows: Ints) -> Rows:
+        """Return the same, but that `take` reads all of these rows when it is asked for the first of them.
+
+        They are to be asked for in this order. That is faster than a few at a time, which come from as many chunks; it
+        is for rows that are small.
+        """
+        if not self.streaming:
+            return self
+        found = copy.copy(self)
+        found._held = _Held(rows)
+        return found
+
+    def _read(self, names: Sequence[str], rows: Ints) -> dict[str, list[Any]]:
+        """Return values from the tables."""
         for name in names:
             self.require(name, "asked for by name")
 
@@ -156,6 +199,9 @@ class Rows:
         """Take the hint that these rows will be wanted, in this order. Returns at once."""
         if self.streaming:
             chosen = self._chosen(rows)
+            if len(self._tables) == 1:
+                self._tables[0].prefetch(chosen)
+                return
             part = np.searchsorted(self._starts, chosen, "right") - 1
             for table in dict.fromkeys(part.tolist()):
                 self._tables[table].prefetch(chosen[part == table] - self._starts[table])
@@ -169,10 +215,15 @@ class Rows:
         return self.select(np.unique((starts[:, None] + np.arange(run)).ravel()))
 
     def order(self, lanes: Lanes, shuffle: int, *seed: object) -> Ordering:
-        """Return the order in which the rows are trained on: of its own where they stream, and are many."""
-        if self.streaming and len(self) > max(shuffle, lanes.count):
-            return LocalOrder(self.chunks, lanes, shuffle, *seed)
-        return Order(len(self), *seed)
+        """Return the order in which the rows are trained on: of its own where they stream, and are many.
+
+        shuffle: rows that are mixed; no more than `SHUFFLE_BYTES` of files hold, since they are in memory meanwhile.
+        """
+        if not self.streaming:
+            return Order(len(self), *seed)
+        size = sum(table.nbytes for table in self._tables) / self._starts[-1]
+        mixed = max(lanes.count, min(shuffle, int(SHUFFLE_BYTES / size) if size else shuffle))
+        return LocalOrder(self.chunks, lanes, mixed, *seed) if len(self) > mixed else Order(len(self), *seed)
 
     def _locate(self, index: int) -> tuple[Table, int]:
         i = range(len(self))[index]

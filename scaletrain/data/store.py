@@ -138,7 +138,7 @@ def opened(file: File, of: Version, limit: int) -> BinaryIO:
         try:
             stream = path.open("rb")
         except FileNotFoundError:
-            _fetch(file, path, limit)
+            _fetch(file, of, path, limit)
         else:
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path)
@@ -154,8 +154,8 @@ def exact(stream: BinaryIO, start: int, stop: int, label: str) -> bytes:
     return content
 
 
-def _fetch(file: File, path: Path, limit: int) -> None:
-    """Copy a file to the cache, decompressed, under its final name once it is whole."""
+def _fetch(file: File, of: Version, path: Path, limit: int) -> None:
+    """Copy a file of some version to the cache, decompressed, under its final name once it is whole."""
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +166,8 @@ def _fetch(file: File, path: Path, limit: int) -> None:
             try:
                 with open(handle, "wb") as out:
                     attempt(file.label, lambda: _copy(file, out), retry=not file.local)
+                    if version(file) != of:  # the copy would stand there as something else
+                        raise UserError(f"`{file.label}` has changed since it was indexed: run the same command again")
                     out.flush()
                     os.fsync(out.fileno())
                 os.chmod(name, 0o644)  # mkstemp hides it from the other users of a shared cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,9 +18,26 @@ class Engine(ABC):
     """One way of holding networks on one or many processes. The trainer knows only this."""
 
     name: str
+    lockstep: bool = False
+    """Whether all processes must call a network together, in evaluation and sampling too: it is held in parts."""
 
     def __init__(self, world: World, precision: str):
         self.world, self.precision = world, precision
+
+    def wrap(self, networks: Mapping[str, nn.Module], trained: Collection[str]) -> None:  # noqa: B027 (most need not)
+        """Change networks in place before players are made of their parameters. trained: those that are not frozen."""
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return this process's part of a parameter, or of what is shaped as one; it shares the memory."""
+        return tensor
+
+    def whole(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return a tensor whole, of which a part may be held as `like` is. All processes call it."""
+        return tensor
+
+    def part(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return a whole tensor as `like` is held, where it has that shape. All processes call it."""
+        return tensor
 
     @abstractmethod
     def prepare(self, players: Iterable[Player], networks: Mapping[str, nn.Module]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 from collections.abc import Mapping
@@ -97,7 +96,11 @@ def save(module: nn.Module, spec: NetworkSpec, folder: Path, state: Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     held = module.state_dict() if state is None else dict(state)
     if hasattr(module, "save_pretrained"):
-        still = copy.copy(module)  # the libraries ask the network for its weights: have it answer with these
+        # The libraries ask the network for its weights and its class: have a stand-in answer with these, and without
+        # the class that FSDP2 puts before the network's own.
+        kind = next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+        still: nn.Module = object.__new__(kind)
+        still.__dict__.update(module.__dict__)
         still.state_dict = lambda *args, **kwargs: dict(held)  # type: ignore[assignment]
         still.save_pretrained(folder)  # type: ignore[operator]
         return

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launch import metrics, run, start, steps
+from tests.recipes.test_bad_stream import pairs
+from tests.recipes.tiny import make_networks, overrides
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -131,3 +133,30 @@ def test_1_2_4_1_processes(command: list[object], tmp_path: Path) -> None:
     for name, tensor in weights[1].items():
         torch.testing.assert_close(weights[0][name], tensor, rtol=1e-5, atol=1e-6)
     assert json.loads((parts / "latest" / "manifest.json").read_text())["complete"]
+
+
+def test_packs_of_a_mixture_of_streams_on_2_1_4_2_processes(tmp_path: Path) -> None:
+    """The lanes' cursors are gathered from all ranks, and each lane goes on where another process left it."""
+    make_networks(tmp_path)
+    for name in ("a", "b"):
+        lines = [json.dumps(row) + "\n" for row in pairs(300, ord(name))]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    own = ("data.train=", "checkpoint.every", "evaluate.", "train.")
+    words: list[object] = ["run", "lm/lora", *(w for w in overrides("lm/lora", tmp_path) if not w.startswith(own))]
+    sources = [
+        f"{{path: {tmp_path}/{n}.jsonl, stream: true, weight: {w}}}" for n, w in (("a", "{0: 1, 20: 3}"), ("b", 1))
+    ]
+    words += [f"data.train=[{', '.join(sources)}]", "data.holdout=0", "data.packing=true", "data.shuffle=40"]
+    words += ["train.duration=80 steps", "train.global_batch=8", "train.micro_batch=2", "log.every=1"]
+    words += ["evaluate.samples=0", "checkpoint.every=1000 steps", "--root", tmp_path]
+    run([*words, "--run", "whole"])
+    parts = tmp_path / "parts"
+    for processes, until in ((2, 20), (1, 35), (4, 50)):
+        life = start([*words, "--run", "parts"], processes)
+        codes, printed = life.stop_when(lambda until=until: max(steps(parts), default=0) >= until, signal.SIGTERM)
+        assert codes == [3] * processes, printed
+    run([*words, "--run", "parts"], 2)
+    assert steps(parts) == list(range(1, 81))
+    found = [[r for r in metrics(folder) if r["kind"] == "train"] for folder in (parts, tmp_path / "whole")]
+    assert [r["loss"] for r in found[0]] == pytest.approx([r["loss"] for r in found[1]], rel=1e-5)
+    assert [r["seen"] for r in found[0]] == [r["seen"] for r in found[1]]

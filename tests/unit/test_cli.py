@@ -48,7 +48,7 @@ def trained(monkeypatch):
     """Stand in for the trainer; returns what it was called with."""
     calls = []
     module = types.ModuleType("scaletrain.runs")
-    module.train = lambda recipe, name, root, fresh: calls.append((recipe, name, root, fresh))
+    module.train = lambda recipe, name, root, fresh, extend: calls.append((recipe, name, root, fresh, extend))
     monkeypatch.setitem(sys.modules, "scaletrain.runs", module)
     return calls
 
@@ -116,11 +116,13 @@ def test_a_mistake_is_one_message_and_status_2(tmp_path):
 def test_run_hands_over_what_was_asked_for(folder, trained):
     assert call("run", "lm/lora", "train.global_batch=4").exit_code == 0
     assert call("run", "start", "--run", "mine", "--root", "there", "--fresh", "seed=3").exit_code == 0
-    (first, *plain), (second, *named) = trained
+    assert call("run", "start", "--extend").exit_code == 0
+    (first, *plain), (second, *named), (_, *extended) = trained
     assert (first.train.global_batch, second.seed) == (4, 3)
-    assert [(n, str(r), f) for n, r, f in (plain, named)] == [
-        ("lm-lora", "checkpoints", False),
-        ("mine", "there", True),
+    assert [(n, str(r), f, e) for n, r, f, e in (plain, named, extended)] == [
+        ("lm-lora", "checkpoints", False, False),
+        ("mine", "there", True, False),
+        ("start", "checkpoints", False, True),
     ]
 
 
@@ -132,7 +134,7 @@ def test_run_hands_over_what_was_asked_for(folder, trained):
     ],
 )
 def test_exit_statuses(folder, monkeypatch, error, status, message):
-    def train(*_):
+    def train(*_, **__):
         raise error
 
     module = types.ModuleType("scaletrain.runs")

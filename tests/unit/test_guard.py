@@ -162,9 +162,16 @@ def test_what_is_not_finite(recipe: Path, policy: str) -> None:
 
 def test_rollbacks_come_to_an_end(recipe: Path) -> None:
     """Where every window is bad, the run stops instead of going round for ever."""
-    overrides = ["objective.poison=.nan", "train.guard={nonfinite: rollback, rollbacks: 2}", "train.global_batch=4000"]
+    overrides = ["objective.poison=.nan", "train.guard={nonfinite: rollback, limit: 2}", "train.global_batch=4000"]
     with pytest.raises(UserError, match="not finite"):
         run(recipe, "r", *overrides)
+
+
+def test_leaving_out_comes_to_an_end(recipe: Path) -> None:
+    overrides = ["objective.poison=.nan", "train.guard={nonfinite: skip, limit: 3}", "train.global_batch=4000"]
+    with pytest.raises(UserError, match="not finite"):
+        run(recipe, "r", *overrides)
+    assert len(records(recipe.parent / "r", "skip")) == 3
 
 
 def test_a_run_that_is_rolled_back_lets_go_of_its_networks_first(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 FILES = sorted(LAUNCH.glob("*.yaml"))
-PROCESSES = {"cpu": 1, "cpu_2": 2, "gpu": 1, "ddp_8gpu": 8}
+PROCESSES = {"cpu": 1, "cpu_2": 2, "gpu": 1, "ddp_8gpu": 8, "cpu_2_fsdp2": 2, "fsdp2_8gpu": 8}
 
 
 def test_the_files_are_there():
@@ -36,6 +36,15 @@ def test_accelerate_chooses_the_launcher_that_starts_as_many(name, several):
     assert args.num_processes == PROCESSES[name]
     assert args.use_cpu is (name == "cpu")
     assert args.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("name", ["cpu_2_fsdp2", "fsdp2_8gpu"])
+def test_accelerate_asks_for_fsdp2(name):
+    args = launch_command_parser().parse_args(["--config_file", str(LAUNCH / f"{name}.yaml"), "-m", "scaletrain"])
+    args, _, _ = _validate_launch_command(args)
+    assert args.use_fsdp
+    assert str(args.fsdp_version) == "2"
+    assert args.num_processes == PROCESSES[name]
 
 
 @pytest.mark.distributed

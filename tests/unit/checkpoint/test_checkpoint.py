@@ -1,5 +1,7 @@
 import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +90,95 @@ def test_a_pickle_is_refused_though_the_manifest_lists_it(tmp_path: Path, name: 
         file.write_bytes(pickle.dumps({"w": [1.0] * 30}))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": file.stat().st_size, "sha256": integrity.sha256(file)}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(integrity.sealed(manifest)))  # whoever can list it can seal it
     faults = integrity.verify(path)
     assert len(faults) == 1
     assert faults[0].startswith(f"{name}: a pickle")
     assert reader.newest(tmp_path) == before
+
+
+def test_no_byte_of_the_manifest_can_change_unseen(tmp_path: Path) -> None:
+    before, path = save(tmp_path, 1), save(tmp_path, 2)
+    file = path / "manifest.json"
+    content = file.read_bytes()
+    meant = json.loads(content)
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        faults = integrity.verify(path)
+        if not faults:  # a space that JSON does not mind
+            assert json.loads(changed) == meant
+        else:
+            assert faults[0].startswith("manifest.json: ")
+    for odd in ("[]", '{"files": []}', '{"files": {"a": {}}}', "null"):
+        file.write_text(odd)
+        assert integrity.verify(path)[0].startswith("manifest.json: cannot be read")
+    assert reader.newest(tmp_path) == before
+    prune(tmp_path, 1, before)
+    file.write_text('{"format": 1, "files": {}}')
+    with pytest.raises(UserError, match="format 1"):
+        reader.manifest(path)
+
+
+def test_a_file_that_the_disk_does_not_give_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, path = save(tmp_path, 1), save(tmp_path, 2)
+    whole = integrity.sha256
+
+    def bad_sector(file: Path) -> str:
+        if file == path / WEIGHTS:
+            raise OSError(5, "Input/output error")
+        return whole(file)
+
+    monkeypatch.setattr(integrity, "sha256", bad_sector)
+    assert integrity.verify(path) == [f"{WEIGHTS}: cannot be read (Input/output error)"]
+    assert reader.newest(tmp_path) == before
+
+
+def test_a_link_is_a_fault(tmp_path: Path) -> None:
+    path = save(tmp_path / "run", 1)
+    (path / "networks" / "model").rename(tmp_path / "elsewhere")
+    (path / "networks" / "model").symlink_to(tmp_path / "elsewhere")
+    assert integrity.verify(path) == ["networks/model: a link, and no file of this checkpoint"]
+
+
+def test_what_is_half_removed_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it removes an old checkpoint, and while it replaces one of the same step."""
+    for step in (1, 2):
+        save(tmp_path, step, best=step == 2)
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if Path(path).exists():
+            (path / WEIGHTS).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(tmp_path, 1, tmp_path / "step-00000002")
+    assert [integrity.verify(path) for path in checkpoints(tmp_path)] == [[]]
+    assert (tmp_path / "best").resolve() == checkpoints(tmp_path)[0]
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    save(tmp_path, 2, again=True)
+    prune(tmp_path, 1, tmp_path / "step-00000002")
+    assert reader.manifest(tmp_path / "step-00000002")["again"]
+    assert not list(tmp_path.glob(".saving-old-step-00000002"))
+
+
+def test_an_old_one_that_will_not_go_and_links_that_cannot_be_made_fail_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(os, "symlink", refuse)
+    written = save(tmp_path, 2)
+    assert f"latest could not be made to point to {written.name}" in caplog.text
+    monkeypatch.setattr(Path, "rename", refuse)
+    prune(tmp_path, 1, written)
+    assert "step-00000001 could not be removed" in caplog.text
+    assert steps(tmp_path) == [1, 2]
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -147,7 +233,8 @@ def test_what_is_in_use_is_removed_later(tmp_path: Path) -> None:
 def test_another_format_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     content = json.loads((path / "manifest.json").read_text()) | {"format": 99}
-    (path / "manifest.json").write_text(json.dumps(content))
+    (path / "manifest.json").write_text(json.dumps(integrity.sealed(content)))
+    assert reader.newest(tmp_path) == path
     with pytest.raises(UserError, match="format 99"):
         reader.manifest(path)
 
@@ -158,6 +245,7 @@ def test_damaged_folders_do_not_push_out_good_ones(tmp_path: Path) -> None:
     (damaged / WEIGHTS).write_bytes(b"")
     assert reader.newest(tmp_path) == good
     set_aside(tmp_path, good)
+    assert (tmp_path / "latest").resolve() == good.resolve()
     assert (tmp_path / "damaged-step-00000100").is_dir()
     written = save(tmp_path, 60)
     prune(tmp_path, 1, written)

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -26,10 +26,19 @@ from tests.unit.test_snapshot import run
 class Flaky(MemoryFileSystem):
     """A store in memory that refuses while `refuses` is set or after `left` files, and waits for `gate`."""
 
-    protocol = "flaky"
+    protocol = "shaky"
     refuses = False
     gate: threading.Event | None = None
-    left = 1_000_000
+    left = gets = 1_000_000
+    watch: Callable[[], None] = staticmethod(lambda: None)
+    sent: ClassVar[list[str]] = []
+
+    def get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
+        Flaky.watch()
+        Flaky.gets -= 1
+        if Flaky.gets < 0:
+            raise ConnectionError("the store is away")
+        super().get_file(rpath, lpath, **kwargs)
 
     def put_file(self, lpath: str, rpath: str, **kwargs: Any) -> None:
         Flaky.left -= 1
@@ -37,21 +46,23 @@ class Flaky(MemoryFileSystem):
             raise ConnectionError("the store is away")
         if Flaky.gate:
             Flaky.gate.wait(5)
+        Flaky.sent.append(rpath.rpartition("/")[2])
         super().put_file(lpath, rpath, **kwargs)
 
 
-fsspec.register_implementation("flaky", Flaky, clobber=True)
+fsspec.register_implementation("shaky", Flaky, clobber=True)
 
 
-@pytest.fixture(params=["memory", "file", "flaky"])
+@pytest.fixture(params=["memory", "file", "shaky"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"file://{tmp_path}/store" if request.param == "file" else f"{request.param}://{uuid.uuid4().hex}"
 
 
 @pytest.fixture
 def flaky() -> Iterator[str]:
-    yield f"flaky://{uuid.uuid4().hex}"
-    Flaky.refuses, Flaky.gate, Flaky.left = False, None, 1_000_000
+    yield f"shaky://{uuid.uuid4().hex}"
+    Flaky.refuses, Flaky.gate, Flaky.left, Flaky.gets = False, None, 1_000_000, 1_000_000
+    Flaky.watch = lambda: None
 
 
 @pytest.fixture
@@ -172,6 +183,64 @@ def test_the_same_step_of_another_attempt_is_replaced(flaky: str, tmp_path: Path
     assert remote._facts("step-00000001")["attempt"] == 2
 
 
+def test_a_fetch_that_breaks_off_leaves_nothing_and_a_killed_one_is_begun_anew(flaky: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "a" / "r", tmp_path / "b" / "r"
+    source.mkdir(parents=True)
+    (source / "recipe.yaml").write_text("seed: 0")
+    (source / "metrics.jsonl").write_text("{}")
+    for step in (1, 2):
+        save(source, step, complete=step == 1)
+    first = Remote(flaky, source, keep=2)
+    first.send()
+    first.finish()
+    other: list[bool] = []
+    Flaky.watch = lambda: other.append(
+        bool(checkpoints(target)) or (target.exists() and not (target / "recipe.yaml").exists())
+    )
+    for left in range(6):  # the recipe, two files of each checkpoint, the metrics
+        Flaky.gets = left
+        with pytest.raises(UserError, match="away"):
+            Remote(flaky, target, keep=2).fetch(lambda _: None)
+        assert not target.exists()
+    assert not any(other)  # killed at any moment, it leaves a run without a checkpoint: one that is fetched
+    half = target / ".saving-fetched" / "step-00000002"
+    half.mkdir(parents=True)
+    (half / "manifest.json").write_text("{")
+    (target / "recipe.yaml").write_text("se")
+    Flaky.gets = 6
+    assert Remote(flaky, target, keep=2).fetch(lambda _: None)
+    assert [number(p) for p in checkpoints(target)] == [1, 2]
+    assert sorted(p.name for p in target.iterdir() if not p.name.startswith("step-")) == [
+        "latest", "metrics.jsonl", "recipe.yaml"
+    ]  # fmt: skip
+
+
+def test_the_recipe_is_there_before_a_checkpoint_is(flaky: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("seed: 0")
+    save(tmp_path, 1)
+    Flaky.sent = []
+    remote = Remote(flaky, tmp_path, keep=1)
+    remote.send()
+    remote.finish()
+    assert Flaky.sent == ["recipe.yaml", "a.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", ["/{outside}", "../../../{outside}"])
+def test_a_store_cannot_write_elsewhere(name: str, flaky: str, tmp_path: Path) -> None:
+    source, outside = tmp_path / "a" / "r", tmp_path / "outside"
+    source.mkdir(parents=True)
+    (source / "recipe.yaml").write_text("seed: 0")
+    save(source, 1)
+    remote = Remote(flaky, source, keep=1)
+    remote.send()
+    remote.finish()
+    name = name.format(outside=outside if name[0] == "/" else "outside")
+    remote._fs.store[f"{remote._root}/step-00000001/{name}"] = remote._fs.store[f"{remote._root}/recipe.yaml"]
+    with pytest.raises(UserError, match="is no file of a checkpoint"):
+        Remote(flaky, tmp_path / "b" / "r", keep=1).fetch(lambda _: None)
+    assert not outside.exists()
+
+
 def test_an_unknown_kind_of_store(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoint.remote: nope://x cannot be used"):
         Remote("nope://x", tmp_path, keep=1)
@@ -182,6 +251,6 @@ def test_a_store_that_cannot_be_read(flaky: str, tmp_path: Path, monkeypatch: py
         raise ConnectionError("away")
 
     monkeypatch.setattr(Flaky, "ls", refuse)
-    with pytest.raises(UserError, match=r"flaky://.* cannot be read \(ConnectionError: away\)"):
+    with pytest.raises(UserError, match=r"shaky://.* cannot be read \(ConnectionError: away\)"):
         run(tmp_path, f"checkpoint.remote={flaky}")
     assert not (tmp_path / "r").exists()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from scaletrain.data.dataset import Dataset, Example, TensorDataset
-from scaletrain.data.loader import Failure, Layout, Windows, passes
+from scaletrain.data.loader import Failure, Layout, Micro, Windows, passes
 from scaletrain.errors import UserError
 
 
@@ -75,3 +75,13 @@ def test_a_pass_takes_each_example_once_on_any_number_of_ranks() -> None:
     for world in (1, 2, 3):
         seen = [m.tensors["x"] for rank in range(world) for m in passes(data, 5, world, rank)]
         assert sorted(torch.cat(seen).tolist()) == list(range(23))
+
+
+def test_a_gpu_gets_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DataLoader's thread pins what it knows, or what has a method for it."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor + 1)
+    pinned = pin_memory(Micro(3, 1, (7,), {"x": torch.zeros(2)}))
+    assert (pinned.window, pinned.number, pinned.examples) == (3, 1, (7,))
+    assert pinned.tensors["x"].tolist() == [1, 1]

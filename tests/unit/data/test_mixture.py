@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from scaletrain.config import DataSpec
 from scaletrain.data.dataset import TensorDataset
 from scaletrain.data.loader import Layout, Windows
 from scaletrain.data.mixture import Mix, Mixture, Shares
@@ -67,6 +68,14 @@ def test_weights_of_tokens_are_divided_by_the_tokens_of_an_example() -> None:
     assert made.parts[0] == pytest.approx((0.75, 0.25))
     with pytest.raises(UserError, match="from step 7 on, all weights are 0"):
         Shares.of([{0: 1.0, 7: 0.0}, {0: 0.0}], [1, 1], lambda step: step)
+
+
+def test_a_weight_of_data_for_evaluation_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave `weight` out"):
+        DataSpec.model_validate({"train": "a", "eval": [{"path": "b", "weight": 3.0}]})
+    for weight in (float("inf"), {0: float("inf")}):
+        with pytest.raises(ValueError, match="finite"):
+            DataSpec.model_validate({"train": [{"path": "a", "weight": weight}]})
 
 
 def numbers(start: int, count: int) -> TensorDataset:

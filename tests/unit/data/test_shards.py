@@ -270,6 +270,16 @@ def test_a_parquet_that_is_replaced_in_mid_run_is_named(tmp_path: Path) -> None:
         rows.row(0)
 
 
+def test_a_parquet_that_is_replaced_by_one_of_the_same_size_is_read_anew(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"one": [1, 2, 3]}), tmp_path / "a.parquet")
+    first, size = stream(tmp_path / "a.parquet"), (tmp_path / "a.parquet").stat().st_size
+    pq.write_table(pa.table({"two": [1, 2, 3]}), tmp_path / "a.parquet")
+    assert (tmp_path / "a.parquet").stat().st_size == size
+    second = stream(tmp_path / "a.parquet")
+    assert second.columns == ("two",)
+    assert second.fingerprint != first.fingerprint
+
+
 def test_broken_shards_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, "parquet")
     content = bytearray((path / "2.parquet").read_bytes())
@@ -461,10 +471,30 @@ def test_compressed_mds_is_read_from_a_copy(tmp_path: Path, name: str, end: str)
     assert "a.mds.br` is compressed by br: only zstd and gz" in fault(path)
 
 
+def test_an_index_keeps_to_its_folder(tmp_path: Path) -> None:
+    path = write(tmp_path, "mds")
+    (path / "shard.00000.mds").rename(tmp_path / "other.mds")
+    index = json.loads((path / "index.json").read_text())
+    index["shards"][0]["raw_data"]["basename"] = "../other.mds"
+    (path / "index.json").write_text(json.dumps(index))
+    assert "index.json` lists `" in (message := fault(path))
+    assert "other.mds`, which is not in its folder" in message
+
+
+def test_a_sample_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    write_mds(tmp_path / "data", [[np.uint32(1).tobytes() + b"a", b"\x00"]], {"text": ("str", None)})
+    rows = open_rows([SourceSpec(path=str(tmp_path / "data"))])
+    assert rows.row(0) == {"text": "a"}
+    with pytest.raises(UserError, match=r"shard\.00000\.mds row 1 is broken: its columns do not fill it"):
+        rows.row(1)
+
+
 def test_an_index_that_is_none_is_told(tmp_path: Path) -> None:
     path = write(tmp_path, "mds")
     (path / "index.json").write_text('{"shards": [{}]}')
     assert "index.json` is no index of MDS shards: KeyError 'format'" in fault(path)
+    (path / "index.json").write_text('{"shards": [{"format": "mds", "version": 2, "raw_data": {"basename": 3}}]}')
+    assert "index.json` is no index of MDS shards" in fault(path)
     (path / "index.json").write_text("{")
     assert "index.json` is no index of MDS shards" in fault(path)
 
@@ -620,6 +650,22 @@ def test_what_was_read_ahead_and_nobody_came_for_makes_room(monkeypatch: pytest.
     chunks.want([(("third",), 1, reads("third"))])
     settle(chunks)
     assert reads.done == [0, 1, 2, 3, 4, "third"]
+
+
+def test_a_chunk_that_takes_long_to_read_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "STALE_SECONDS", 0.05)
+    chunks, slow, reads = shards.Chunks(limit=20, threads=2), Reads(), Reads()
+    slow.may_end.clear()
+    chunks.want([(("slow",), 1, slow("slow")), (("full",), 1, reads("full"))])
+    time.sleep(0.1)
+    chunks.want([(("more",), 1, reads("more"))])  # for which `full` goes
+    slow.may_end.set()
+    settle(chunks)
+    chunks.get(("slow",), 1, 1, slow("slow"))
+    chunks.get(("more",), 1, 1, reads("more"))
+    assert slow.done == ["slow"]
+    assert reads.done == ["full", "more"]
+    assert chunks._size == chunks._unused == 0
 
 
 def test_a_fault_is_raised_where_the_chunk_is_asked_for_and_not_kept() -> None:

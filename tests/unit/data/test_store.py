@@ -17,7 +17,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from scaletrain.config import SourceSpec
-from scaletrain.data import store
+from scaletrain.data import shards, store
 from scaletrain.data.cache import cache_root
 from scaletrain.data.sources import Rows, open_rows
 from scaletrain.data.tables import File
@@ -101,6 +101,23 @@ def test_three_faults_of_each_call_are_survived(flaky: Flaky, end: str, path: st
     rows = stream(path.format(end=end))
     assert [rows.row(i) for i in range(len(rows))] == RECORDS * (1 if "0." in path else 2)
     assert rows.name(49).startswith(f"flaky:///bucket/data/0.{end} ")
+
+
+def test_faults_are_survived_by_what_is_read_whole(flaky: Flaky) -> None:
+    flaky.pipe_file("/bucket/a.csv", b"n,text\n1,a\n")
+    flaky.pipe_file("/bucket/b.txt", b"some text")
+    entry = {"format": "mds", "version": 2, "samples": 0, "zip_data": None, "column_names": ["n"], "column_sizes": [8]}
+    entry |= {"column_encodings": ["int"], "raw_data": {"basename": "0.mds", "bytes": 8}}
+    flaky.pipe_file("/bucket/mds/index.json", json.dumps({"shards": [entry]}).encode())
+    flaky.pipe_file("/bucket/mds/0.mds", bytes(8))
+    Flaky.faults, Flaky.calls = 3, {}
+    rows = open_rows([SourceSpec(path="flaky://bucket/a.csv")])
+    assert rows.row(0) == {"n": 1, "text": "a"}
+    Flaky.calls = {}
+    assert len(rows.fingerprint) == 64
+    assert open_rows([SourceSpec(path="flaky://bucket/b.txt")]).row(0) == {"text": "some text"}
+    with pytest.raises(UserError, match="has no rows"):
+        open_rows([SourceSpec(path="flaky://bucket/mds")])
 
 
 def test_a_store_that_refuses_is_named_after_three_retries(flaky: Flaky) -> None:
@@ -199,6 +216,25 @@ def test_a_copy_is_fetched_once_by_many_and_again_when_the_origin_changes(flaky:
     assert Flaky.calls["open", "/bucket/a.jsonl.gz"] == 1
     put(flaky, "/bucket/a.jsonl.gz", RECORDS[:7])
     assert len(stream("flaky://bucket/a.jsonl.gz")) == 7
+
+
+@pytest.mark.parametrize("where", ["store", "disk"])
+def test_a_copy_is_never_of_another_version(flaky: Flaky, tmp_path: Path, where: str) -> None:
+    """The file changes in the midst of a run, and its copy has been evicted."""
+    fs, path = (
+        (flaky, "/bucket/a.jsonl.gz") if where == "store" else (fsspec.filesystem("file"), f"{tmp_path}/a.jsonl.gz")
+    )
+    put(fs, path, RECORDS)
+    rows = stream("flaky://bucket/a.jsonl.gz" if where == "store" else path)
+    put(fs, path, [{**r, "label": 9} for r in RECORDS])
+    assert rows.row(0) == RECORDS[0]
+    for copy in (cache_root() / "shards").iterdir():
+        copy.unlink()
+    shards._chunks = shards.Chunks()
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz` has changed since it was indexed"):
+        rows.row(0)
+    assert copies() == set()
+    assert stream("flaky://bucket/a.jsonl.gz" if where == "store" else path).row(0) == {**RECORDS[0], "label": 9}
 
 
 def test_a_copy_that_breaks_off_is_begun_anew(flaky: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from scaletrain.config import SourceSpec
+from scaletrain.config import Duration, SourceSpec
 from scaletrain.data import stream as module
 from scaletrain.data.dataset import Dataset, Example
 from scaletrain.data.loader import Failure, Layout, Windows
@@ -14,6 +14,9 @@ from scaletrain.data.mixture import Shares
 from scaletrain.data.sources import Rows, open_rows
 from scaletrain.data.stream import Cursor, Source, Stream
 from scaletrain.errors import UserError
+from scaletrain.objectives.base import Data
+from scaletrain.player import Turn
+from scaletrain.position import steps_of
 
 
 class Divisors(Dataset):
@@ -152,3 +155,10 @@ def test_an_error_in_the_thread_is_raised_where_it_is_waited_for(tmp_path: Path)
     loader = Windows(Stream((Source("x", source.rows, Broken, None),)), Layout(4, 4), (0,))
     with pytest.raises(ZeroDivisionError):
         next(loader)
+
+
+@pytest.mark.parametrize("key", ["train.duration", "checkpoint.every"])
+def test_a_stream_has_no_epochs_to_count_steps_by(key: str, tmp_path: Path) -> None:
+    data = Data(stream_of(tmp_path, 10))
+    with pytest.raises(UserError, match=f"{key} is in epochs"):
+        steps_of(Duration(1, "epochs"), (Turn("t", "t"),), data, 4, key)
