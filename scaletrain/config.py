@@ -305,8 +305,8 @@ class GuardSpec(Strict):
 
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     spike: Literal["off", "stop", "skip", "rollback"] = "off"
-    deviations: float = Field(6.0, gt=0)
-    """So many standard deviations above the median of the loss, or of the gradient norm's logarithm, are a spike."""
+    deviations: float = Field(8.0, gt=0)
+    """So many standard deviations above the mean of the loss, or of the gradient norm's logarithm, are a spike."""
     window: int = Field(128, ge=20)
     """Updates before it that an update is compared with."""
     limit: int = Field(10, ge=1)

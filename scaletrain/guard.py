@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,9 +33,8 @@ class Rollback(Exception):
 class Spikes:
     """Says which updates stand out from the `window` before them, by the loss or by the logarithm of the gradient norm.
 
-    One stands out when it is more than `deviations` standard deviations above the median. The deviation is estimated
-    by the median absolute deviation (Rousseeuw and Croux, 1993), and taken as at least 1% of the median, or 0.05 for
-    the logarithm. What stands out is not remembered.
+    One stands out when it is more than `deviations` standard deviations above their mean. The deviation is taken as at
+    least 1% of the mean, or 0.05 for the logarithm. What stands out is not remembered, so that it widens nothing.
 
     history: by figure, the last values; kept in checkpoints, and changed in place.
     """
@@ -54,18 +52,13 @@ class Spikes:
         floors = (0.01, 0.05)
         for name, value, before, floor in zip(("loss", "gradient norm"), values, self._history, floors, strict=True):
             if len(before) >= _FEWEST:
-                middle, deviation = _middle(before)
+                middle, deviation = float(np.mean(before)), float(np.std(before))
                 least = floor * abs(middle) if name == "loss" else floor
                 if value > middle + self._spec.deviations * max(deviation, least):
                     shown = (loss, middle) if name == "loss" else (norm, math.exp(middle))
-                    return f"the {name}, {shown[0]:.4g}, stands out: the median of those before it is {shown[1]:.4g}"
+                    return f"the {name}, {shown[0]:.4g}, stands out: the mean of those before it is {shown[1]:.4g}"
         for value, before in zip(values, self._history, strict=True):
             before.append(value)
             del before[: -self._spec.window]
         return ""
 
-
-def _middle(values: Sequence[float]) -> tuple[float, float]:
-    """Return the median and a standard deviation estimated from it."""
-    middle = float(np.median(values))
-    return middle, 1.4826 * float(np.median(np.abs(np.asarray(values) - middle)))

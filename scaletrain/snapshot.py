@@ -139,8 +139,8 @@ class Snapshot:
         """Wait for the save in flight, on this rank alone; its error is told and hides no other."""
         try:
             self._background.wait()
-        except OSError as error:
-            log.error("%s", error)
+        except Exception as error:
+            log.error("the last save failed: %s", error)
 
     def _on_main(self, work: Callable[[], None]) -> None:
         try:

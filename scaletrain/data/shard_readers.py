@@ -347,6 +347,9 @@ def _samples(stream: BinaryIO, label: str) -> Iterator[_Sample]:
         stream.seek(tar.offset)
         if any(stream.read(512)):  # `next` takes a broken header for the end
             raise UserError(f"`{label}` cannot be read as a tar: no header at byte {tar.offset:,}")
+        while block := stream.read(1 << 20):
+            if block.strip(b"\0"):
+                raise UserError(f"`{label}` goes on after its end at byte {tar.offset:,}: give joined tars as several")
     if sample is not None:
         yield sample
 

@@ -79,7 +79,8 @@ def version(file: File) -> Version:
     """Ask for the version of a file. Raises UserError that names it."""
     if file.local:
         status = attempt(file.label, lambda: os.stat(file.path), retry=False)
-        return Version(status.st_size, str(status.st_mtime_ns))
+        # What copies and unpacks files may give them an old time of change; none sets the time of the inode's.
+        return Version(status.st_size, f"{status.st_mtime_ns} {status.st_ctime_ns}")
     info = attempt(file.label, lambda: _own(file).info(file.path))
     return Version(int(info["size"]), next((f"{k} {info[k]}" for k in _VERSIONS if info.get(k)), ""))
 

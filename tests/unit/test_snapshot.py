@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from scaletrain.callbacks.base import Observer
 from scaletrain.checkpoint import reader, writer
 from scaletrain.checkpoint.layout import checkpoints
 from scaletrain.cli import app
@@ -161,6 +163,27 @@ def test_a_failed_save_stops_the_run_and_the_same_command_goes_on(
     assert json.loads((tmp_path / "r" / "summary.json").read_text())["status"] == "interrupted"
     run(tmp_path)
     assert final(tmp_path) == final(whole)
+
+
+def test_a_failed_save_hides_no_other_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Callable[[], str]
+) -> None:
+    told = threading.Event()
+
+    def broken(*_: Any) -> Path:
+        assert told.wait(20)
+        raise RuntimeError("tensors share memory")
+
+    class Fails(Observer):
+        def step(self, step: int, record: Any) -> None:
+            if step == 4:  # the save of step 3 is in flight
+                told.set()
+                raise ValueError("the observer is broken")
+
+    monkeypatch.setattr("scaletrain.snapshot.write", broken)
+    with pytest.raises(ValueError, match="the observer is broken"):
+        run(tmp_path, "checkpoint.every=3 steps", observers=[Fails()])
+    assert "the last save failed: tensors share memory" in messages()
 
 
 def test_one_save_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import multiprocessing
+import os
 import pickle
 import tarfile
 import threading
@@ -297,6 +298,9 @@ def test_broken_shards_are_named(tmp_path: Path) -> None:
     assert "a.tar` cannot be read as a tar: no header at byte 3,072" in fault(tmp_path / "a.tar")
     (tmp_path / "a.tar").write_bytes(b"no tar" * 1000)
     assert "a.tar` cannot be read as a tar" in fault(tmp_path / "a.tar")
+    write_tar(tmp_path / "a.tar", [("x", {"txt": b"1"})])
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes() * 2)
+    assert "a.tar` goes on after its end at byte 1,024: give joined tars as several" in fault(tmp_path / "a.tar")
     write_tar(tmp_path / "a.tar", [("x", {"txt": b"1"}), ("x", {"txt": b"2"})])
     assert "a.tar` sample x has two members .txt" in fault(tmp_path / "a.tar")
 
@@ -342,6 +346,16 @@ def test_an_index_is_made_once_for_the_same_file(tmp_path: Path, monkeypatch: py
         out.write('{"text": "more", "label": 1}\n')
     assert len(stream(path)) == 104
     assert sorted(made) == [0, 1, 1, 2]
+
+
+def test_an_index_is_made_anew_for_a_file_of_the_same_size_and_time(tmp_path: Path) -> None:
+    found = []
+    for content in ('{"n": 1}\n', '{"m": 2}\n'):
+        (tmp_path / "a.jsonl").write_text(content)
+        os.utime(tmp_path / "a.jsonl", (1, 1))  # as an unpacked archive gives it
+        found.append(stream(tmp_path / "a.jsonl"))
+    assert [rows.columns for rows in found] == [("n",), ("m",)]
+    assert found[0].fingerprint != found[1].fingerprint
 
 
 def test_limits_and_selections_keep_chunks_and_need_no_list_of_rows(tmp_path: Path) -> None:
