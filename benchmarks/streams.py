@@ -125,7 +125,9 @@ RESUMED = Layout(100, 25)
 
 def first_batch(folder: Path, cache: Path, row: int, text: bool) -> float:
     """Open the data and go on at a row. Returns the seconds until the first window is there."""
-    import pyarrow.parquet  # noqa: F401 (imports are not what is measured)
+    import fsspec  # noqa: F401 (imports are not what is measured)
+    import pyarrow.compute
+    import pyarrow.parquet  # noqa: F401
 
     os.environ["SCALETRAIN_CACHE"] = str(cache)
     began = time.perf_counter()
@@ -313,6 +315,8 @@ CONTESTANTS = {
 
 def rate(name: str, folder: Path, copy: Path, rows: int, workers: int) -> float:
     """Read an epoch. Returns rows/s, from opening the data to the last batch."""
+    import fsspec  # noqa: F401
+    import pyarrow.compute
     import pyarrow.parquet  # noqa: F401
 
     os.environ["SCALETRAIN_CACHE"] = str(copy / "cache")

@@ -61,4 +61,3 @@ class Spikes:
             before.append(value)
             del before[: -self._spec.window]
         return ""
-

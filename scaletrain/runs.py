@@ -23,6 +23,7 @@ from scaletrain.callbacks.log import MetricsLog, draw, rewind
 from scaletrain.callbacks.pictures import SampleFolder
 from scaletrain.callbacks.progress import Progress as ProgressLine
 from scaletrain.checkpoint import reader
+from scaletrain.checkpoint.claim import LOCK, Claim
 from scaletrain.checkpoint.layout import METRICS, RECIPE, SUMMARY, checkpoints
 from scaletrain.checkpoint.remote import Remote
 from scaletrain.checkpoint.writer import set_aside
@@ -124,10 +125,12 @@ class _Run:
         self.remote = Remote(saving.remote, folder, saving.keep) if saving.remote else None
         self.observers: list[Observer] = []
         self.opened = False
+        self.latest: Path | None = None
+        self.claim: Claim | None = None
 
     def train(self, fresh: bool, signals: StopSignals) -> Path:
         started = time.monotonic()
-        latest = self.world.on_main(lambda: self._look(fresh))
+        self.latest = latest = self.world.on_main(lambda: self._look(fresh))
         for stage in self.stages:
             batch = stage.recipe.train
             Layout.derive(batch.global_batch, batch.micro_batch, self.world.size, self.world.rank)
@@ -150,6 +153,8 @@ class _Run:
         finally:
             if self.opened:
                 self._close(status, metrics, time.monotonic() - started)
+            if self.claim:
+                self.claim.release()
         return self.folder
 
     def _close(self, status: str, metrics: Mapping[str, float], seconds: float) -> None:
@@ -172,7 +177,7 @@ class _Run:
         path = self.folder / RECIPE
         if path.exists() and checkpoints(self.folder):
             self._check_recipe(path)
-        elif not path.exists() and self.folder.exists() and any(self.folder.iterdir()):
+        elif not path.exists() and self.folder.exists() and any(p.name != LOCK for p in self.folder.iterdir()):
             raise UserError(f"{self.folder} is not a run folder and is not empty. Choose another --run NAME.")
         if self.remote and not checkpoints(self.folder):
             self.remote.fetch(self._check_recipe)
@@ -201,9 +206,10 @@ class _Run:
 
             trackers = [Trackers(self.recipe, self.folder)]
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.claim = Claim(self.folder)
         for left in self.folder.glob(".saving-*"):
             shutil.rmtree(left)
-        set_aside(self.folder, reader.newest(self.folder) if checkpoints(self.folder) else None)
+        set_aside(self.folder, self.latest)
         temporary = self.folder / f".{RECIPE}.new"
         temporary.write_text(resolved_yaml(self.recipe))
         temporary.replace(self.folder / RECIPE)
@@ -323,7 +329,11 @@ class _Run:
         if number == 0:
             return 0
         end = reader.stage_end(self.folder, self.names[number - 1])
-        assert end is not None, "stages are trained in order"
+        if end is None:
+            raise UserError(
+                f"{self.folder}: the checkpoint in which stage `{self.names[number - 1]}` ended is gone or damaged, "
+                "and this stage goes on from it. Start anew in another folder with --run NAME."
+            )
         return int(reader.manifest(end)["step"])
 
     def _before(self, stage: Stage) -> dict[str, str]:

@@ -7,12 +7,13 @@ depends on neither the number of processes nor on where a run was resumed.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count, repeat
 from queue import Full, Queue
-from threading import Event, Thread
+from threading import Event, Thread, current_thread
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -206,7 +207,16 @@ def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
         except BaseException as error:  # raised again where it is waited for
             put(error)
 
-    Thread(target=work, name="batches", daemon=True).start()
+    thread = Thread(target=work, name="batches", daemon=True)
+
+    def end() -> None:
+        ended.set()
+        if thread is not current_thread():
+            thread.join()
+
+    # A daemon thread that is still in C++ code when the interpreter goes away takes the process with it (SIGABRT).
+    atexit.register(end)
+    thread.start()
     try:
         while True:
             item = queue.get()
@@ -214,7 +224,8 @@ def _ahead(items: Iterator[T], depth: int) -> Iterator[T]:
                 raise item
             yield item
     finally:
-        ended.set()
+        atexit.unregister(end)
+        end()
 
 
 class Windows:

@@ -251,7 +251,11 @@ class Rows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the content: the bytes of every file, the roles and the chosen rows; not of paths or dates."""
+        """Hash of the content, the roles and the chosen rows; not of paths or dates.
+
+        Of Parquet, tar and MDS that stream, footers, headers and offsets stand for the bytes: an edit that keeps
+        every size (and a Parquet file's statistics) does not show.
+        """
         digest = hashlib.sha256()
         for table, roles in zip(self._tables, self._roles, strict=True):
             digest.update(f"{table.digest} {len(table)} {sorted(roles.items())}\n".encode())
