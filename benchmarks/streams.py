@@ -30,7 +30,7 @@ from scaletrain.data.dataset import Dataset, Example
 from scaletrain.data.loader import Layout, Windows
 from scaletrain.data.order import Int, Lanes, Ordering
 from scaletrain.data.sources import Rows, open_rows
-from scaletrain.data.stream import Source, Stream
+from scaletrain.data.stream import WINDOW, Source, Stream
 from scaletrain.data.text import Samples, Tokens
 
 GROUP, SHARD = 10_000, 100_000
@@ -133,7 +133,8 @@ def first_batch(folder: Path, cache: Path, row: int, text: bool) -> float:
     began = time.perf_counter()
     rows = opened(folder)
     if text:
-        stream = Stream((Source("text", rows, packs, None),))
+        sample = packs(rows.sample(WINDOW))  # a run looks at a part first
+        stream = Stream((Source("text", rows, packs, sample.tokens_per_example),))
         window, rest = divmod(row // RESUMED.lanes.count, stream.window_of(0, RESUMED.lanes))
         given = rest * 200 // SEQ_LEN
         cursors = {lane: [[window, given]] for lane in RESUMED.own}

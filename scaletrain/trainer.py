@@ -250,7 +250,7 @@ class Trainer:
         figures |= {"grad_norm": outcome.grad_norm, "lr": player.optimizer.param_groups[0]["lr"]}
         if player.scaler:
             figures["scale"] = outcome.scale
-        if player.skipped:
+        if player.scaler or player.skipped:
             figures["skipped"] = player.skipped
         return figures if len(self.turns) == 1 else {f"{turn.name}/{k}": v for k, v in figures.items()}
 

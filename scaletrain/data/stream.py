@@ -117,6 +117,9 @@ class Reader:
 
     def begin(self, cursors: Mapping[int, Cursor]) -> None:
         """Have the windows read in which the lanes of this process stand."""
+        for source, origin in enumerate(self.stream.sources):
+            rows = [self._rows(source, lane, cursor[source][0]) for lane, cursor in cursors.items()]
+            origin.rows.prefetch(np.concatenate(rows))
         for lane, cursor in cursors.items():
             for source, (window, _) in enumerate(cursor):
                 self._windows[source, lane] = {window: self._pool.submit(self._expand, source, lane, window)}
