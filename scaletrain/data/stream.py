@@ -116,13 +116,14 @@ class Reader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def begin(self, cursors: Mapping[int, Cursor]) -> None:
-        """Have the windows read in which the lanes of this process stand."""
+        """Have the windows read in which the lanes of this process stand, and then those after them."""
         for source, origin in enumerate(self.stream.sources):
             rows = [self._rows(source, lane, cursor[source][0]) for lane, cursor in cursors.items()]
             origin.rows.prefetch(np.concatenate(rows))
-        for lane, cursor in cursors.items():
-            for source, (window, _) in enumerate(cursor):
-                self._windows[source, lane] = {window: self._pool.submit(self._expand, source, lane, window)}
+        for further in (0, 1):
+            for lane, cursor in cursors.items():
+                for source, (window, _) in enumerate(cursor):
+                    self._submit(source, lane, window + further)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Return a batch of examples, as any of the windows does it."""
@@ -156,12 +157,17 @@ class Reader:
 
     def _window(self, source: int, lane: int, number: int) -> Window:
         """Return a window, and have the one after it read meanwhile."""
-        known = self._windows.setdefault((source, lane), {})
         for wanted in (number, number + 1):
-            if wanted not in known:
-                known[wanted] = self._pool.submit(self._expand, source, lane, wanted)
+            self._submit(source, lane, wanted)
+        known = self._windows[source, lane]
         known.pop(number - 1, None)
         return known[number].result()
+
+    def _submit(self, source: int, lane: int, number: int) -> None:
+        """Have a window read, once."""
+        known = self._windows.setdefault((source, lane), {})
+        if number not in known:
+            known[number] = self._pool.submit(self._expand, source, lane, number)
 
     def _expand(self, source: int, lane: int, number: int) -> Window:
         """Read a window of rows and make its examples."""

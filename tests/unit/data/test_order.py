@@ -87,3 +87,12 @@ def test_local_order_seeks_and_reads_locally() -> None:
         assert len(np.unique(rows // 100)) <= 2  # chunks
         assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 0.9 or len(np.unique(rows // 100)) > 1
     assert not np.array_equal(LocalOrder(sizes, LANES, 400, 4)(np.arange(50)), whole[:50])
+
+
+def test_local_table_and_arithmetic_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = LocalOrder(np.full(60, 7), LANES, 100, 3)
+    position = np.arange(3000)
+    table = np.concatenate([order(p) for p in np.split(position, 250)])
+    assert len(order._moves) <= 3 * LANES.count
+    monkeypatch.setattr(LocalOrder, "_TABLE", 0)
+    assert np.array_equal(LocalOrder(np.full(60, 7), LANES, 100, 3)(position), table)

@@ -140,6 +140,25 @@ def test_a_stream_gives_the_records_that_were_written(tmp_path: Path, kind: str)
     assert copy.take(["text"], drawn)["text"] == taken["text"]
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_rows_that_are_held_are_read_once(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = stream(write(tmp_path, kind), columns=ROLES.get(kind, {}))
+    drawn = np.random.default_rng(0).permutation(103)[:60]
+    held = rows.held(drawn)
+    asked = []
+    take = shards.ShardTable.take
+    monkeypatch.setattr(
+        shards.ShardTable, "take", lambda self, n, r: asked.append((tuple(n), len(r))) or take(self, n, r)
+    )
+    texts = [held.take(["text"], part)["text"] for part in np.split(drawn, 6)]
+    assert sum(texts, []) == [RECORDS[i]["text"] for i in drawn]
+    assert held.take(["label"], drawn[:10])["label"] == [RECORDS[i]["label"] for i in drawn[:10]]
+    assert asked == [(("text",), 60), (("label",), 60)]
+    others = drawn[::-1][:7]
+    assert held.take(["text"], others) == rows.take(["text"], others)
+    assert asked[2:] == [(("text",), 7)] * 2
+
+
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst"])
 def test_a_stream_is_the_same_as_the_table_in_memory(tmp_path: Path, kind: str) -> None:
     nested = [{"m": [{"role": "user", "content": str(i)}], "x": None if i % 5 else i / 3, "i": i} for i in range(103)]

@@ -1,4 +1,5 @@
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from scaletrain.config import Duration, SourceSpec
 from scaletrain.data import stream as module
 from scaletrain.data.dataset import Dataset, Example
 from scaletrain.data.loader import Failure, Layout, Windows
-from scaletrain.data.mixture import Shares
+from scaletrain.data.mixture import Mixture, Shares
+from scaletrain.data.order import Int, Lanes, Ordering
 from scaletrain.data.sources import Rows, open_rows
 from scaletrain.data.stream import Cursor, Source, Stream
 from scaletrain.errors import UserError
@@ -162,3 +164,66 @@ def test_a_stream_has_no_epochs_to_count_steps_by(key: str, tmp_path: Path) -> N
     data = Data(stream_of(tmp_path, 10))
     with pytest.raises(UserError, match=f"{key} is in epochs"):
         steps_of(Duration(1, "epochs"), (Turn("t", "t"),), data, 4, key)
+
+
+def test_the_thread_ends_with_the_loader(tmp_path: Path) -> None:
+    loader = Windows(stream_of(tmp_path, 100), Layout(4, 4), (0,))
+    next(loader)
+    assert "batches" in [thread.name for thread in threading.enumerate()]
+    del loader
+    assert "batches" not in [thread.name for thread in threading.enumerate()]
+
+
+class Noted(Dataset):
+    """Row numbers of rows that stream; notes what it is told."""
+
+    def __init__(self, rows: Rows, told: list[np.ndarray], held: Sequence[int] = ()):
+        self.rows, self.told, self.kept = rows, told, set(held)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def order(self, lanes: Lanes, shuffle: int, *seed: object) -> Ordering:
+        return self.rows.order(lanes, shuffle, *seed)
+
+    def prefetch(self, indices: Int) -> None:
+        self.told.append(indices)
+
+    def held(self, indices: Int) -> Dataset:
+        return Noted(self.rows.held(indices), self.told, indices.tolist())
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        assert index in self.kept
+        return {"n": self.rows.row(index)["n"], "noise": rng.standard_normal()}
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        return {key: torch.tensor([e[key] for e in examples]) for key in ("n", "noise")}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_that_are_held_come_in_the_same_order_from_anywhere(tmp_path: Path, mixed: bool) -> None:
+    """On any number of processes, with workers, and wherever it starts; the chunks of later ones are told before."""
+    told: list[np.ndarray] = []
+    sets = [Noted(source.rows, told) for source in stream_of(tmp_path, 30_000, 30_000).sources[: 1 + mixed]]
+    data = Mixture(sets, Shares((0,), ((0.5, 0.5),)), ["a", "b"]) if mixed else sets[0]
+
+    def seen(world: int, start: int, windows: int, workers: int = 0) -> list[list[tuple[float, float]]]:
+        found: list[dict[int, list[tuple[float, float]]]] = [{} for _ in range(windows)]
+        for rank in range(world):
+            loader = Windows(data, Layout(24, 6, world, rank), (0,), start, workers, shuffle=2000)
+            for window in found:
+                micros = next(loader)
+                assert isinstance(micros, list)
+                for m in micros:
+                    window[m.number] = list(zip(m.tensors["n"].tolist(), m.tensors["noise"].tolist(), strict=True))
+        return [[s for number in sorted(w) for s in w[number]] for w in found]
+
+    whole = seen(1, 0, 60)
+    numbers = [n for window in whole for n, _ in window]
+    order = data.order(Lanes(4, 6), 2000, 0)(np.arange(60 * 24))
+    assert numbers == [int(i % 30_000 + 1_000_000 * (i // 30_000)) for i in order]
+    assert seen(2, 17, 43) == seen(4, 17, 43) == seen(1, 17, 43, workers=2) == whole[17:]
+    told.clear()
+    seen(1, 60, 1)
+    later = {int(order) // 1000 for order in np.concatenate(told)}
+    assert len(later) > 2

@@ -11,6 +11,8 @@ from torch import nn
 
 from scaletrain.checkpoint.background import HostCopies
 from scaletrain.config import AdapterSpec, NetworkSpec
+from scaletrain.engine.data_parallel import DataParallel
+from scaletrain.engine.world import World
 from scaletrain.networks.build import build, save
 from scaletrain.snapshot import _parts
 
@@ -50,7 +52,8 @@ def test_written_from_a_copy_while_it_is_trained_on(case: str, tmp_path: Path) -
     module = make(spec)
     save(module, spec, tmp_path / "live")
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    changing, fixed = _parts(module, spec, {id(p) for p in trained.values()})
+    engine = DataParallel(World(torch.device("cpu")), "fp32")
+    changing, fixed = _parts(module, spec, {id(p) for p in trained.values()}, engine)
     if spec.adapter:
         assert changing.keys() == trained.keys()  # and nothing of the base
     copies = HostCopies().take({"a": changing})["a"]
