@@ -147,16 +147,14 @@ def test_rows_that_are_held_are_read_once(tmp_path: Path, kind: str, monkeypatch
     held = rows.held(drawn)
     asked = []
     take = shards.ShardTable.take
-    monkeypatch.setattr(
-        shards.ShardTable, "take", lambda self, n, r: asked.append((tuple(n), len(r))) or take(self, n, r)
-    )
+    monkeypatch.setattr(shards.ShardTable, "take", lambda self, n, r: asked.append(len(r)) or take(self, n, r))
     texts = [held.take(["text"], part)["text"] for part in np.split(drawn, 6)]
-    assert sum(texts, []) == [RECORDS[i]["text"] for i in drawn]
+    assert [text for part in texts for text in part] == [RECORDS[i]["text"] for i in drawn]
     assert held.take(["label"], drawn[:10])["label"] == [RECORDS[i]["label"] for i in drawn[:10]]
-    assert asked == [(("text",), 60), (("label",), 60)]
+    assert asked == [60, 60]
     others = drawn[::-1][:7]
     assert held.take(["text"], others) == rows.take(["text"], others)
-    assert asked[2:] == [(("text",), 7)] * 2
+    assert asked[2:] == [7, 7]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst"])
