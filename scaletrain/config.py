@@ -288,7 +288,7 @@ class DataSpec(Strict):
     packing: bool = False
     weigh_by: Literal["samples", "tokens"] = "samples"
     """What the weights of sources are parts of; `tokens` needs data that have them."""
-    shuffle: int = Field(65_536, ge=1)
+    shuffle: int = Field(16_384, ge=1)
     """Rows that are mixed with one another where they are streamed, in all lanes together; at most 64 MiB of files."""
     workers: int | None = Field(None, ge=0)
     """Processes that prepare batches; by default none for data in memory, up to 4 where files are decoded."""

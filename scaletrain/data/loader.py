@@ -247,7 +247,7 @@ class Windows:
         pin_memory: bool = False,
         cursors: Mapping[int, Cursor] | None = None,
         skipped: Collection[int] = (),
-        shuffle: int = 65_536,
+        shuffle: int = 16_384,
     ):
         self.layout = layout
         skipped = frozenset(skipped)
