@@ -216,7 +216,7 @@ def memory(options: argparse.Namespace, folder: Path) -> None:
 
 def ours(folder: Path, copy: Path, rows: int, workers: int) -> Iterator[dict[str, Any]]:
     """Our loader: permuted shards, windows of 65,536 rows."""
-    loader = Windows(Lines(opened(folder)), Layout(BATCH, BATCH), (0,), workers=workers)
+    loader = Windows(Lines(opened(folder)), Layout(BATCH, BATCH), (0,), workers=workers, shuffle=65_536)
     for _ in range(rows // BATCH):
         (micro,) = next(loader)
         yield micro.tensors
