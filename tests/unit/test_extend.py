@@ -114,7 +114,7 @@ def test_data_that_changed_are_refused(folder: Path, caplog: pytest.LogCaptureFi
 def test_the_watchdog_may_change_without_a_word(folder: Path) -> None:
     run(folder)
     run(folder, "train.watchdog=2")
-    run(folder, "train.watchdog=null")
+    assert steps(run(folder, "train.watchdog=null")) == list(range(1, 21))
 
 
 def test_the_last_stage_is_extended(folder: Path) -> None:
