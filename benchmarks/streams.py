@@ -99,10 +99,12 @@ class Lines(Dataset):
         return self.rows.row(index)
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
-        raise NotImplementedError
+        return self._of({name: [e[name] for e in examples] for name in COLUMNS})
 
     def batch(self, indices: Sequence[int], seeds: Any) -> dict[str, Any]:
-        values = self.rows.take(COLUMNS, np.asarray(indices))
+        return self._of(self.rows.take(COLUMNS, np.asarray(indices)))
+
+    def _of(self, values: dict[str, Any]) -> dict[str, Any]:
         return {"text": values["text"], **{name: torch.from_numpy(np.array(values[name])) for name in COLUMNS[1:]}}
 
 

@@ -53,9 +53,13 @@ class Chunk(ABC):
     def values(self, names: Sequence[str], rows: Ints) -> dict[str, list[Any]]:
         """Return values of rows, counted from the chunk's first. Raises UserError that names the row."""
 
+
+class NamedChunk(Chunk):
+    """Rows that have names of their own, which are only known once they are read."""
+
+    @abstractmethod
     def key(self, row: int) -> str:
-        """Return the row's own name. Of formats that have one."""
-        raise NotImplementedError
+        """Return a row's own name."""
 
 
 class Shards(ABC):
@@ -236,7 +240,7 @@ def _lines(block: bytes) -> tuple[Ints, Ints, Ints, int]:
 
 
 @final
-class JsonLinesChunk(Chunk):
+class JsonLinesChunk(NamedChunk):
     """Lines as they are in the file, parsed when they are asked for. line: number of the first, from 1."""
 
     def __init__(self, label: str, line: int, content: bytes):
@@ -307,7 +311,9 @@ class JsonLinesShards(FileShards):
         _, _, line, lines = index.places[chunk].tolist()
         if lines == index.rows[chunk]:
             return f"line {line + row}"
-        return content().key(row)
+        named = content()
+        assert isinstance(named, NamedChunk)
+        return named.key(row)
 
 
 def _block(stream: BinaryIO) -> bytes:
@@ -364,7 +370,7 @@ def _decode_member(extension: str, content: bytes) -> Any:
 
 
 @final
-class TarChunk(Chunk):
+class TarChunk(NamedChunk):
     """Some samples of a tar, with their headers, as they are in the file."""
 
     def __init__(self, label: str, content: bytes):
@@ -451,7 +457,9 @@ class TarShards(FileShards):
 
     def row_name(self, index: Index, chunk: int, row: int, first: int, content: Callable[[], Chunk]) -> str:
         """Say which sample."""
-        return content().key(row)
+        named = content()
+        assert isinstance(named, NamedChunk)
+        return named.key(row)
 
 
 # --- MDS --------------------------------------------------------------------------------------------------------------
