@@ -11,9 +11,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from scaletrain.engine.rendezvous import fresh
 from scaletrain.errors import UserError, agreed
 
 T = TypeVar("T")
+
+
+def _join(backend: str) -> None:
+    """Join the workers of torchrun's agents, which may be restarted."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=fresh(store, rank, size), rank=rank, world_size=size)
 
 
 class World:
@@ -34,7 +42,10 @@ class World:
         use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         cpu = use_cpu or not torch.cuda.is_available()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            state = PartialState(cpu=cpu, backend="gloo" if cpu else "nccl")
+            backend = "gloo" if cpu else "nccl"
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                _join(backend)
+            state = PartialState(cpu=cpu, backend=backend)
             device = torch.device("cpu") if cpu else state.device
             return cls(device, state.process_index, state.num_processes)
         return cls(torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device()))
