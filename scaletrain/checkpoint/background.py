@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 
+Key = tuple[str, str]
+"""The name of a group, and a tensor's own."""
 Groups = Mapping[str, Mapping[str, torch.Tensor]]
 """Tensors by the name of a group and their own."""
+
+
+class Kind(Protocol):
+    """What tells a tensor's shape and type."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type."""
 
 
 class HostCopies:
@@ -18,43 +33,51 @@ class HostCopies:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self._buffers: dict[Key, torch.Tensor] = {}
         self._copied: torch.cuda.Event | None = None
 
     def reserve(self, groups: Groups) -> None:
         """Make the buffers for some tensors, and have the system give their pages, which takes longer than copying."""
         named = {(group, name): tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
         first = {id(tensor): key for key, tensor in reversed(named.items())}
-        self._buffers = {key: _empty(named[key]).zero_() for key in first.values()}
+        self._buffers = {
+            key: torch.zeros(named[key].shape, dtype=named[key].dtype, pin_memory=named[key].is_cuda)
+            for key in first.values()
+        }
 
     def take(self, groups: Groups) -> dict[str, dict[str, torch.Tensor]]:
         """Copy all tensors. A tensor that occurs twice, as tied weights do, is one copy under both names."""
+        named = {(group, name): tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+        first = {id(tensor): key for key, tensor in reversed(named.items())}
+        copies = self.fill((key, named[key], [named[key]]) for key in named if first[id(named[key])] == key)
+        return {g: {n: copies[first[id(t)]] for n, t in tensors.items()} for g, tensors in groups.items()}
+
+    def fill(self, entries: Iterable[tuple[Key, Kind, Iterable[torch.Tensor]]]) -> dict[Key, torch.Tensor]:
+        """Copy tensors that come one at a time, each in pieces of its flat elements. Returns the copies."""
         before, self._buffers = self._buffers, {}
-        first: dict[int, torch.Tensor] = {}
-        copies: dict[str, dict[str, torch.Tensor]] = {}
+        on_device = False
         with torch.no_grad():
-            for group, tensors in groups.items():
-                copies[group] = {}
-                for name, tensor in tensors.items():
-                    if id(tensor) not in first:
-                        buffer = before.get((group, name))
-                        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                            buffer = _empty(tensor)
-                        first[id(tensor)] = self._buffers[group, name] = buffer.copy_(tensor, non_blocking=True)
-                    copies[group][name] = first[id(tensor)]
-        if any(tensor.is_cuda for tensors in groups.values() for tensor in tensors.values()):
+            for key, kind, pieces in entries:
+                buffer = before.pop(key, None)
+                at = 0
+                for piece in pieces:
+                    on_device |= piece.is_cuda
+                    if buffer is None or buffer.shape != kind.shape or buffer.dtype != kind.dtype:
+                        buffer = torch.empty(kind.shape, dtype=kind.dtype, pin_memory=piece.is_cuda)
+                    flat = buffer.view(-1)[at : at + piece.numel()]
+                    flat.copy_(piece.reshape(-1), non_blocking=True)
+                    at += piece.numel()
+                assert buffer is not None
+                self._buffers[key] = buffer
+        if on_device:
             self._copied = torch.cuda.Event()
             self._copied.record()
-        return copies
+        return dict(self._buffers)
 
     def wait(self) -> None:
         """Wait until the copies of the last `take` are there."""
         if self._copied is not None:
             self._copied.synchronize()
-
-
-def _empty(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
 class Background:

@@ -72,11 +72,12 @@ def state(folder: Path) -> dict[str, Any]:
 
 def average(folder: Path, network: str) -> dict[str, Any]:
     """Return a network's EMA parameters by name, from whichever player keeps one; empty when none does."""
-    from scaletrain.checkpoint.tensors import load_tensors
+    from scaletrain.checkpoint.tensors import stored
 
     prefix = f"ema/{network}/"
     for path in sorted((folder / "training").iterdir()):
-        found = load_tensors(path, prefix) if path.is_dir() else {}
+        entries = stored(path) if path.is_dir() else {}
+        found = {name: entry for name, entry in entries.items() if name.startswith(prefix)}
         if found:
-            return {name.removeprefix(prefix): value for name, value in found.items()}
+            return {name.removeprefix(prefix): entry.whole() for name, entry in found.items()}
     return {}

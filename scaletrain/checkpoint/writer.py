@@ -16,34 +16,52 @@ from scaletrain.checkpoint.layout import FORMAT, MANIFEST, checkpoints, number, 
 log = logging.getLogger("scaletrain")
 
 
-def write(root: Path, step: int, fill: Callable[[Path], None], facts: Mapping[str, Any]) -> Path:
+def write(root: Path, step: int, fill: Callable[[Path], None], facts: Mapping[str, Any], begun: bool = False) -> Path:
     """Write one checkpoint: `fill` writes files into a hidden folder, which is flushed to disk and renamed last.
 
-    facts go into the manifest beside the list of files. Before it gets its name, every byte is read back from the disk,
-    so that what has the name was good at least once. Raises OSError, with nothing but the hidden folder changed, when
-    the disk is full, not writable, or does not give back what was written.
+    facts go into the manifest beside the list of files. begun: that folder is there, with files in it. Raises OSError,
+    with nothing but that folder changed, when the disk is full, not writable, or does not give back what was written.
     """
-    final = step_folder(root, step)
-    hidden = root / f".saving-{final.name}"
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
+    hidden = hidden_folder(root, step) if begun else begin(root, step)
     try:
         fill(hidden)
-        files = sorted(p for p in hidden.rglob("*") if p.is_file())
-        listing = {p.relative_to(hidden).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        manifest = {"format": FORMAT, "step": step, **facts, "files": listing}
-        (hidden / MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n")
-        for path in (*hidden.rglob("*"), hidden):
-            _flush(path)
-        faults = verify(hidden)
-        if faults:
-            raise OSError(f"what was written does not read back: {'; '.join(faults)}")
-        if final.exists():  # an earlier attempt at this step that did not verify, or a repeated save
-            _discard(final)
-        os.rename(hidden, final)
+        return complete(hidden, step, facts)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make the hidden folder that a checkpoint is written into."""
+    hidden = hidden_folder(root, step)
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    return hidden
+
+
+def hidden_folder(root: Path, step: int) -> Path:
+    """Return where the files of a checkpoint stand until it is complete."""
+    return root / f".saving-{step_folder(root, step).name}"
+
+
+def complete(hidden: Path, step: int, facts: Mapping[str, Any]) -> Path:
+    """Give a hidden folder its manifest and its name. Raises OSError.
+
+    Every byte is read back from the disk before, so that what has the name was good at least once.
+    """
+    root, final = hidden.parent, step_folder(hidden.parent, step)
+    files = sorted(p for p in hidden.rglob("*") if p.is_file())
+    listing = {p.relative_to(hidden).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+    manifest = {"format": FORMAT, "step": step, **facts, "files": listing}
+    (hidden / MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n")
+    for path in (*hidden.rglob("*"), hidden):
+        _flush(path)
+    faults = verify(hidden)
+    if faults:
+        raise OSError(f"what was written does not read back: {'; '.join(faults)}")
+    if final.exists():  # an earlier attempt at this step that did not verify, or a repeated save
+        _discard(final)
+    os.rename(hidden, final)
     _flush(root)
     point(root / "latest", final.name)
     return final

@@ -150,6 +150,14 @@ def read_weights(
     return module
 
 
+def outline(auto: type[Any], path: str, config: TransformersConfig, dtype: torch.dtype) -> nn.Module:
+    """Build a pretrained network as `read_weights` does, without its weights. Raises UserError."""
+    settings = read_config(path, config)
+    attention = config.options.get("attn_implementation", "sdpa")
+    module: nn.Module = auto.from_config(settings, dtype=dtype, attn_implementation=attention)
+    return module
+
+
 def _unreadable(path: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:

@@ -46,18 +46,34 @@ def add_adapter(module: nn.Module, spec: AdapterSpec) -> nn.Module:
 
 def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """Put a saved adapter over its base network, to be trained on. Raises UserError when it does not fit."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from peft import PeftModel
 
     try:
         adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the adapter in {folder} does not fit this network: {error}") from error
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        odd = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
-    if odd:  # peft only warns
-        raise UserError(f"the adapter in {folder} does not fit this network: {len(odd)} weights differ, as {min(odd)}")
+    _check_keys(adapted, folder)
     return adapted
+
+
+def read_adapter(module: nn.Module, folder: Path) -> None:
+    """Read a saved adapter into a network that has one. Raises UserError when it does not fit."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    _check_keys(module, folder)
+    set_peft_model_state_dict(module, load_file(folder / "adapter_model.safetensors"))
+
+
+def _check_keys(module: nn.Module, folder: Path) -> None:
+    """Raise UserError when a saved adapter's weights are not those of a network: peft only warns."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        odd = set(file.keys()) ^ set(get_peft_model_state_dict(module))
+    if odd:
+        raise UserError(f"the adapter in {folder} does not fit this network: {len(odd)} weights differ, as {min(odd)}")
 
 
 def _task(module: nn.Module) -> str | None:

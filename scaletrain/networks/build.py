@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +21,7 @@ from scaletrain.explain import decode
 
 def network_module(type_: str, key: str) -> ModuleType:
     """Import the module that a network's `type` names. Raises UserError with the known types."""
-    known = {p.stem for p in Path(__file__).parent.glob("[!_]*.py")} - {"build", "adapters"}
+    known = {p.stem for p in Path(__file__).parent.glob("[!_]*.py")} - {"build", "adapters", "unread"}
     if type_ not in known:
         raise UserError(f"{key}.type: no network is called `{type_}`.{did_you_mean(type_, known)}")
     return importlib.import_module(f"scaletrain.networks.{type_}")
@@ -39,14 +41,50 @@ def build(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Pa
             module.load_adapter(str(saved), "default", is_trainable=True)  # type: ignore[operator]
     else:
         whole = _whole(name, spec, None) if base is None else base
-        module = _adapters().load_adapter(whole, saved) if saved else _adapters().add_adapter(whole, spec.adapter)
+        module = adapters().load_adapter(whole, saved) if saved else adapters().add_adapter(whole, spec.adapter)
     if spec.frozen:
         module.requires_grad_(False)
     return module
 
 
-def _adapters() -> ModuleType:
-    """Import peft only for those who name an adapter."""
+def outline(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Path | None = None) -> nn.Module:
+    """Build one network without its weights: as `build` does, but parameters are on the meta device.
+
+    Only configurations are read. Names, shapes, types, ties and requires_grad are those that `build` gives. Buffers
+    are on the CPU with the values that they begin with. base: the outline of the network that it continues from; used
+    up. saved: as for `build`. Raises UserError.
+    """
+    with _without_weights():
+        if base is not None and (saved is None or spec.adapter is not None):
+            module = _merged(base) if spec.adapter is None else base
+        else:
+            module = _whole(name, spec, None if spec.adapter else saved, empty=True)
+        if spec.adapter is not None and not hasattr(module, "peft_config"):
+            module = adapters().add_adapter(module, spec.adapter)
+    if spec.frozen:
+        module.requires_grad_(False)
+    return module
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Have parameters go to the meta device as modules register them; accelerate's context would untie tied ones."""
+    register = nn.Module.register_parameter
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = empty  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def adapters() -> ModuleType:
+    """Import what puts adapters over networks, with peft, for those who name one."""
     return importlib.import_module("scaletrain.networks.adapters")
 
 
@@ -58,8 +96,8 @@ def _merged(module: nn.Module) -> nn.Module:
     return whole.requires_grad_(True)
 
 
-def _whole(name: str, spec: NetworkSpec, folder: Path | None) -> nn.Module:
-    """Build a network without an adapter, with weights from a folder, from `path`, or new."""
+def _whole(name: str, spec: NetworkSpec, folder: Path | None, empty: bool = False) -> nn.Module:
+    """Build a network without an adapter, with weights from a folder, from `path`, or new. empty: read no weights."""
     key = f"networks.{name}"
     if spec.type is None:
         raise UserError(f"{key}.type is missing: say which network it is.")
@@ -68,22 +106,23 @@ def _whole(name: str, spec: NetworkSpec, folder: Path | None) -> nn.Module:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     path = str(folder) if folder else spec.path
     if path is not None and hasattr(factory, "load"):
-        loaded: nn.Module = factory.load(path, config, dtype)
+        loaded: nn.Module = (factory.outline if empty else factory.load)(path, config, dtype)
         return loaded
     module: nn.Module = factory.build(config).to(dtype)
-    if path is not None:
+    if path is not None and not empty:
         read_weights(module, Path(path), key)
     return module
 
 
 def read_weights(module: nn.Module, folder: Path, key: str) -> None:
-    """Read `model.safetensors` into a module. Raises UserError when names or shapes do not agree."""
-    from safetensors.torch import load_file
+    """Read the safetensors files of a folder into a module. Raises UserError when names or shapes do not agree."""
+    from scaletrain.checkpoint.tensors import Tensors
 
+    tensors = Tensors(folder)
+    if not tensors:
+        raise UserError(f"{key}: there is no model.safetensors in {folder}.")
     try:
-        module.load_state_dict(load_file(folder / "model.safetensors"))
-    except FileNotFoundError:
-        raise UserError(f"{key}: there is no model.safetensors in {folder}.") from None
+        module.load_state_dict(dict(tensors))
     except RuntimeError as error:
         raise UserError(f"{key}: the weights in {folder} do not fit this network: {error}") from None
 
@@ -96,10 +135,8 @@ def save(module: nn.Module, spec: NetworkSpec, folder: Path, state: Mapping[str,
     folder.mkdir(parents=True, exist_ok=True)
     held = module.state_dict() if state is None else dict(state)
     if hasattr(module, "save_pretrained"):
-        # The libraries ask the network for its weights and its class: have a stand-in answer with these, and without
-        # the class that FSDP2 puts before the network's own.
-        kind = next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
-        still: nn.Module = object.__new__(kind)
+        # The libraries ask the network for its weights and its class: have a stand-in answer with these.
+        still: nn.Module = object.__new__(_kind(module))
         still.__dict__.update(module.__dict__)
         still.state_dict = lambda *args, **kwargs: dict(held)  # type: ignore[assignment]
         still.save_pretrained(folder)  # type: ignore[operator]
@@ -108,4 +145,41 @@ def save(module: nn.Module, spec: NetworkSpec, folder: Path, state: Mapping[str,
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in held.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"type": spec.type, "config": spec.config}, indent=2) + "\n")
+    save_config(module, spec, folder)
+
+
+def save_config(module: nn.Module, spec: NetworkSpec, folder: Path) -> None:
+    """Write what a network is, without its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not hasattr(module, "save_pretrained"):
+        (folder / "config.json").write_text(json.dumps({"type": spec.type, "config": spec.config}, indent=2) + "\n")
+        return
+    config: Any = copy(module.config)
+    config.architectures = [_kind(module).__name__]
+    config.dtype = next(module.parameters()).dtype
+    config.save_pretrained(folder)
+    if getattr(module, "can_generate", bool)():
+        module.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Return a network's class, without the one that FSDP2 puts before it."""
+    return next(c for c in type(module).__mro__ if not c.__name__.startswith("FSDP"))
+
+
+def own_names(module: nn.Module, kinds: Mapping[str, Any]) -> bool:
+    """Whether a network's library keeps its weights under the names, and in the shapes, that they have in it.
+
+    kinds: by name, what has a shape and a dtype.
+    """
+    if not hasattr(module, "save_pretrained"):
+        return True
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # versions that convert nothing
+        return True
+    if not isinstance(module, PreTrainedModel):
+        return False
+    meta = {name: torch.empty(kind.shape, dtype=kind.dtype, device="meta") for name, kind in kinds.items()}
+    return dict(revert_weight_conversion(module, dict(meta))).keys() == meta.keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scaletrain.networks._transformers import TransformersConfig, new_config, read_config, read_weights
+from scaletrain.networks._transformers import outline as outline_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,3 +31,10 @@ def load(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     return read_weights(AutoModelForCausalLM, path, config, dtype, new_head=False)
+
+
+def outline(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
+    """Build what `load` does, without its weights. Raises UserError that names it."""
+    from transformers import AutoModelForCausalLM
+
+    return outline_of(AutoModelForCausalLM, path, config, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scaletrain.networks._transformers import TransformersConfig, new_config, read_config, read_weights
+from scaletrain.networks._transformers import outline as outline_of
 
 if TYPE_CHECKING:
     import torch
@@ -36,3 +37,10 @@ def load(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
 
     return read_weights(AutoModelForSequenceClassification, path, config, dtype, new_head=True)
+
+
+def outline(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
+    """Build what `load` does, without its weights. Raises UserError that names it."""
+    from transformers import AutoModelForSequenceClassification
+
+    return outline_of(AutoModelForSequenceClassification, path, config, dtype)

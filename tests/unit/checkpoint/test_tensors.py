@@ -1,14 +1,15 @@
 """Tensors written by ours, and by torch.distributed.checkpoint as several sharded processes would."""
 
-import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 
-from scaletrain.checkpoint.tensors import WHOLE, load_tensors, save_tensors
+from scaletrain.checkpoint.tensors import WHOLE, TensorFile, Tensors, save_tensors, stored
 
 TENSORS = {
     "optimizer/exp_avg/model/w": torch.randn(5, 3),
@@ -18,7 +19,7 @@ TENSORS = {
 }
 
 
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def equal(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(
         a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and torch.equal(a[k], b[k]) for k in a
     )
@@ -26,14 +27,12 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_round_trip(tmp_path: Path) -> None:
     save_tensors(tmp_path / "model" / WHOLE, TENSORS)
-    assert equal(load_tensors(tmp_path / "model"), TENSORS)
-    assert load_tensors(tmp_path / "model", "ema/").keys() == {"ema/model/w"}
-    assert load_tensors(tmp_path / "model", "nothing/") == {}
+    assert equal(Tensors(tmp_path / "model"), TENSORS)
 
 
 def test_a_player_without_state(tmp_path: Path) -> None:
     save_tensors(tmp_path / WHOLE, {})
-    assert load_tensors(tmp_path) == {}
+    assert not Tensors(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -49,16 +48,41 @@ def test_ours_reads_what_distributed_checkpoint_wrote(tmp_path: Path) -> None:
     dcp.save(
         dict(TENSORS), storage_writer=dcp.HuggingFaceStorageWriter(str(tmp_path), save_distributed=True), no_dist=True
     )
-    assert equal(load_tensors(tmp_path), TENSORS)
+    assert equal(Tensors(tmp_path), TENSORS)
 
 
-def test_shards_of_several_processes_are_put_together(tmp_path: Path) -> None:
-    whole = TENSORS["optimizer/exp_avg/model/w"]
-    for number, (first, last) in enumerate(((0, 2), (2, 5)), 1):
-        where = {"w": {"saved_offsets": [first, 0]}}
-        save_file(
-            {"w": whole[first:last].contiguous()},
-            tmp_path / f"shard-0000{number}-of-00002.safetensors",
-            metadata={"DCP_SHARDING_INFO": json.dumps(where), "format": "pt"},
-        )
-    assert torch.equal(load_tensors(tmp_path)["w"], whole)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_files_of_several_processes_are_one_set(tmp_path: Path) -> None:
+    names = sorted(TENSORS)
+    for number, part in enumerate((names[:1], names[1:]), 1):
+        save_tensors(tmp_path / f"shard-0000{number}-of-00002.safetensors", {name: TENSORS[name] for name in part})
+    assert equal(Tensors(tmp_path), TENSORS)
+    found = {name: torch.zeros_like(value) for name, value in TENSORS.items()}
+    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert equal(found, TENSORS)
+    for name, value in TENSORS.items():
+        assert torch.equal(load_file(stored(tmp_path)[name].path)[name], value)  # by the format's own library
+
+
+def test_a_piece_is_read_by_itself(tmp_path: Path) -> None:
+    save_tensors(tmp_path / WHOLE, TENSORS)
+    for name, value in TENSORS.items():
+        entry, flat = stored(tmp_path)[name], value.flatten()
+        assert torch.equal(entry.read(1, 4), flat[1:4])
+        assert entry.read(3, 3).numel() == 0
+        assert entry.read(2).untyped_storage().nbytes() == flat[2:].numel() * value.dtype.itemsize
+
+
+def test_tensors_that_were_not_announced_are_refused(tmp_path: Path) -> None:
+    kinds = {"w": (torch.Size([2]), torch.float)}
+    with pytest.raises(ValueError, match="in place of"), TensorFile(tmp_path / "a", kinds) as file:
+        file.append([torch.zeros(3)])
+    with pytest.raises(ValueError, match="1 tensors are missing"), TensorFile(tmp_path / "b", kinds):
+        pass
+
+
+def test_a_file_that_was_cut_is_told(tmp_path: Path) -> None:
+    save_tensors(tmp_path / WHOLE, {"w": torch.zeros(100)})
+    os.truncate(tmp_path / WHOLE, (tmp_path / WHOLE).stat().st_size - 8)
+    with pytest.raises(OSError, match="ends before"):
+        Tensors(tmp_path)["w"]

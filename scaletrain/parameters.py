@@ -1,0 +1,24 @@
+"""Working on a module's parameters whatever device they are on, with those that are shared kept so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
+    """Replace each parameter by what is made of it; one that is shared stays so."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # the old ones too: their `id` must not be used again
+    for part in module.modules():
+        for key, old in part._parameters.items():
+            if old is not None:
+                if id(old) not in made:
+                    made[id(old)] = old, make(old)
+                part._parameters[key] = made[id(old)][1]
+
+
+def to_device(module: nn.Module, device: torch.device) -> None:
+    """Move what is not on the meta device."""
+    module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
