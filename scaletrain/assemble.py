@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from scaletrain.checkpoint.tensors import Stored
 from scaletrain.config import NetworkSpec, PlayerSpec, Recipe
 from scaletrain.data.cache import content_key
 from scaletrain.data.dataset import Dataset
@@ -18,15 +19,18 @@ from scaletrain.data.mixture import Mixture, Shares
 from scaletrain.data.order import key_of
 from scaletrain.data.sources import Rows, joined, open_rows, split_holdout
 from scaletrain.data.stream import WINDOW, Source, Stream
+from scaletrain.engine.base import Engine
 from scaletrain.engine.precision import build_scaler
 from scaletrain.engine.statistics import statistics
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import decode
 from scaletrain.networks.build import build, network_module
+from scaletrain.networks.unread import unread
 from scaletrain.objectives.base import Data, Objective
 from scaletrain.optim.ema import EMA
 from scaletrain.optim.optimizers import build_optimizer, state_bytes
 from scaletrain.optim.schedules import build_schedule
+from scaletrain.parameters import to_device
 from scaletrain.player import Player, Turn
 from scaletrain.position import windows_before
 from scaletrain.shelf import Shelf
@@ -99,6 +103,8 @@ def check_names(recipe: Recipe, turns: tuple[Turn, ...], specs: Mapping[str, Net
                 raise UserError(f"players.{name}.networks: `{network}` is trained by `{owner[network]}` already.")
             owner[network] = name
             spec = specs[network]
+            if spec.shard is not None and not spec.frozen:
+                raise UserError(f"networks.{network}.shard is for frozen networks: what is trained is held in parts.")
             if spec.dtype != "float32" and not spec.frozen and spec.adapter is None:
                 raise UserError(
                     f"networks.{network}.dtype: what is trained is kept in float32; set train.precision=bf16 instead."
@@ -106,41 +112,39 @@ def check_names(recipe: Recipe, turns: tuple[Turn, ...], specs: Mapping[str, Net
 
 
 def build_networks(
-    specs: Mapping[str, NetworkSpec], shelf: Shelf, checkpoint: Path | None, device: torch.device, *seed: object
-) -> dict[str, nn.Module]:
+    specs: Mapping[str, NetworkSpec], shelf: Shelf, checkpoint: Path | None, engine: Engine, *seed: object
+) -> tuple[dict[str, nn.Module], dict[str, dict[str, Stored]]]:
     """Build every network of a stage on the device. New weights are a function of (seed, network's name).
 
-    checkpoint: the one to resume from, if any.
+    checkpoint: the one to resume from, if any. Returns, too, where weights are that the engine reads in parts.
     """
-    networks = {}
+    networks, weights = {}, {}
     for name, spec in specs.items():
         torch.manual_seed(key_of(*seed, "weights", name))
         saved = checkpoint / "networks" / name if checkpoint else None
         saved = saved if saved and saved.is_dir() else None  # frozen networks are not saved
-        base = shelf.base(spec) if saved is None or spec.adapter else None
-        module = build(name, spec, base, saved).to(device)
+        left = unread(name, spec, saved) if engine.reads else None
+        if left and in_parts({name: spec}, {name: left.module}):
+            module, weights[name] = left.module, left.weights
+            to_device(module, engine.world.device)
+        else:
+            torch.manual_seed(key_of(*seed, "weights", name))
+            base = shelf.base(spec) if saved is None or spec.adapter else None
+            module = build(name, spec, base, saved).to(engine.world.device)
         module.train(not spec.frozen)
         networks[name] = module
-    return networks
+    return networks, weights
 
 
-def recompute(name: str, module: nn.Module) -> None:
-    """Switch activation checkpointing on: the library's own, or around each block of the network's lists."""
-    if hasattr(module, "gradient_checkpointing_enable"):
-        module.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
-        if hasattr(module, "enable_input_require_grads") and hasattr(module, "peft_config"):
-            module.enable_input_require_grads()  # type: ignore[operator]
-        return
-    from torch.utils.checkpoint import checkpoint
+def in_parts(specs: Mapping[str, NetworkSpec], networks: Mapping[str, nn.Module]) -> list[str]:
+    """Return the networks to hold in parts, where an engine does: what is trained, and frozen ones that are large."""
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in networks.items()}
+    large = {n: sizes[n] >= _LARGE if spec.shard is None else spec.shard for n, spec in specs.items()}
+    return [name for name, spec in specs.items() if large[name] or not spec.frozen]
 
-    blocks = [b for part in module.modules() if isinstance(part, nn.ModuleList) for b in part]
-    if not blocks:
-        raise UserError(f"train.recompute: network `{name}` has no list of blocks to recompute; set it to false.")
-    for block in blocks:
-        forward = block.forward
-        block.forward = lambda *a, _forward=forward, **k: checkpoint(_forward, *a, use_reentrant=False, **k)
+
+_LARGE = 1e9
+"""Weights of a frozen network from which it is held in parts, unless its `shard` differs."""
 
 
 def updates_of(player: str, turns: tuple[Turn, ...], steps: int) -> int:
@@ -153,9 +157,9 @@ def build_players(
     networks: Mapping[str, nn.Module],
     turns: tuple[Turn, ...],
     steps: int,
-    local: Callable[[torch.Tensor], torch.Tensor],
+    engine: Engine,
 ) -> dict[str, Player]:
-    """Build the players of a stage. local: this process's part of a parameter. Raises UserError."""
+    """Build the players of a stage, without their averages: engines may yet move the weights. Raises UserError."""
     players = {}
     for name in dict.fromkeys(t.player for t in turns):
         spec = recipe.players.get(name, PlayerSpec())
@@ -163,7 +167,9 @@ def build_players(
         trainable = {f"{n}/{k}": p for n, m in own.items() for k, p in m.named_parameters() if p.requires_grad}
         if not trainable:
             raise UserError(f"players.{name} has nothing to train: every network of {', '.join(own)} is frozen.")
-        optimizer = build_optimizer(spec.optimizer, trainable, own.values(), f"players.{name}.optimizer")
+        if reason := engine.refuses(spec.optimizer.type):
+            raise UserError(f"players.{name}.optimizer.type: {reason}")
+        optimizer = build_optimizer(spec.optimizer, trainable, own.values(), f"players.{name}.optimizer", engine.shape)
         players[name] = Player(
             name=name,
             networks=own,
@@ -172,10 +178,16 @@ def build_players(
             schedule=build_schedule(spec.schedule, updates_of(name, turns, steps), f"players.{name}.schedule"),
             clip=spec.clip,
             scaler=build_scaler(spec.scaler, recipe.train.precision),
-            ema=EMA({n: local(p.detach()) for n, p in (trainable | statistics(own)).items()}, spec.ema)
-            if spec.ema
-            else None,
             base_lrs=[group["lr"] for group in optimizer.param_groups],
-            optimizer_bytes=state_bytes(spec.optimizer, trainable),
+            optimizer_bytes=state_bytes(spec.optimizer, map(engine.shape, trainable.values())),
         )
     return players
+
+
+def add_averages(recipe: Recipe, players: Mapping[str, Player], engine: Engine) -> None:
+    """Give players their averages, of this process's parts of the weights."""
+    for name, player in players.items():
+        spec = recipe.players.get(name, PlayerSpec()).ema
+        if spec:
+            averaged = player.trainable | statistics(player.networks)
+            player.ema = EMA({key: engine.local(tensor) for key, tensor in averaged.items()}, spec)

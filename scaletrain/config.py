@@ -144,6 +144,9 @@ class NetworkSpec(Strict):
     adapter: AdapterSpec | None = None
     frozen: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    shard: bool | None = None
+    """Of a frozen network under FSDP2: hold it in parts too, and gather a block when it computes; by default from 1e9
+    weights on."""
     source: str | None = Field(None, alias="from", pattern=r"^(stage:[^/]+/[^/]+|run:.+/[^/]+)$")
 
 
@@ -313,6 +316,11 @@ class GuardSpec(Strict):
     """Windows of data that may be passed over, and updates that may be left out in a row, before the run stops."""
 
 
+def _switch(on: str) -> BeforeValidator:
+    """Let true and false stand for words of a setting."""
+    return BeforeValidator(lambda value: (on if value else "off") if isinstance(value, bool) else value)
+
+
 class TrainSpec(Strict):
     """How long and how."""
 
@@ -322,12 +330,25 @@ class TrainSpec(Strict):
     micro_batch: int | None = Field(None, ge=1)
     """Samples per forward pass of one process; by default the global batch divided by the processes."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
+    compile: Annotated[
+        Literal["off", "blocks", "network"],
+        _switch("blocks"),
+        WithJsonSchema({"enum": [False, True, "off", "blocks", "network"]}),
+    ] = "off"
+    """torch.compile, of each block by itself (true, too; then it starts fast, and engines gather and reduce a block at
+    a time) or of the whole network. One without blocks is compiled whole."""
     guard: GuardSpec = GuardSpec()
     watchdog: float | None = Field(30.0, gt=0)
     """Minutes without a step (or part of an evaluation, or a save) after which a run is ended as hanging."""
-    recompute: bool = False
-    """Activation checkpointing: recompute each block's activations in the backward pass."""
+    recompute: Annotated[
+        Literal["off", "selective", "full"],
+        _switch("full"),
+        WithJsonSchema({"enum": [False, True, "off", "selective", "full"]}),
+    ] = "off"
+    """Activation checkpointing: compute a block again in the backward pass, all of it (full; true, too) or what is
+    cheap, keeping the results of attention and of every second matrix product (selective)."""
+    offload_activations: bool = False
+    """Keep what a backward pass needs in host memory until then. On a CPU it changes nothing."""
 
 
 class CheckpointSpec(Strict):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from scaletrain.callbacks.base import Plan
 from scaletrain.config import Stage
 from scaletrain.data.loader import Layout
@@ -64,11 +66,15 @@ def plan(
     """Return what was derived for a stage, to be told before it starts."""
     networks, players = crew.engine.plain().values(), crew.players.values()
     trainable = [p for player in players for p in player.trainable.values()]
+
+    def size(parameter: torch.Tensor) -> int:
+        return crew.engine.shape(parameter).numel()
+
     memory = {
-        "weights": sum(p.numel() * p.element_size() for network in networks for p in network.parameters()),
-        "gradients": sum(p.numel() * p.element_size() for p in trainable),
+        "weights": sum(size(p) * p.element_size() for network in networks for p in network.parameters()),
+        "gradients": sum(size(p) * p.element_size() for p in trainable),
         "optimiser": sum(player.optimizer_bytes for player in players),
-        "average": sum(4 * p.numel() for player in players if player.ema for p in player.trainable.values()),
+        "average": sum(4 * size(p) for player in players if player.ema for p in player.trainable.values()),
     }
     return Plan(
         stage=stage.name,
@@ -76,8 +82,8 @@ def plan(
         first_step=progress.first_step,
         steps=steps,
         at=progress.step,
-        parameters=sum(p.numel() for network in networks for p in network.parameters()),
-        trainable=sum(p.numel() for p in trainable),
+        parameters=sum(size(p) for network in networks for p in network.parameters()),
+        trainable=sum(size(p) for p in trainable),
         micro_batch=layout.micro_batch,
         accumulate=layout.accumulate,
         processes=layout.world,

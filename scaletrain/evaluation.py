@@ -60,7 +60,7 @@ def _share(
     units: dict[str, str] = {}
     weights: dict[str, float] = {}
     counts: dict[str, int] = {}
-    for micro in passes(dataset, _batch_size(recipe), world.size, world.rank, lockstep):
+    for micro in passes(dataset, batch_size(recipe), world.size, world.rank, lockstep):
         beat()
         torch.manual_seed(key_of(recipe.seed, "evaluate", micro.number))
         tensors = {name: tensor.to(world.device) for name, tensor in micro.tensors.items()}
@@ -76,6 +76,6 @@ def _share(
     return {name: float(value) for name, value in sums.items()}, counts, units, weights
 
 
-def _batch_size(recipe: Recipe) -> int:
+def batch_size(recipe: Recipe) -> int:
     """Return how many samples an evaluation takes at a time: not a matter of how many processes there are."""
     return recipe.evaluate.batch or recipe.train.micro_batch or min(recipe.train.global_batch, 64)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
+from scaletrain.engine.base import Engine
 from scaletrain.engine.hardware import flops_per_token, peak_flops
-from scaletrain.engine.world import World
 
 
 class Meter:
     """Throughput between two readings, in `unit` per second over all processes, and the peak of memory of this one."""
 
-    def __init__(self, unit: str, networks: Iterable[nn.Module], precision: str, world: World):
-        self.unit, self._world = unit, world
-        self._peak = peak_flops(world.device, precision)
-        self._flops = flops_per_token(networks)
+    def __init__(self, unit: str, engine: Engine):
+        self.unit, self._world = unit, engine.world
+        self._peak = peak_flops(engine.world.device, engine.precision)
+        self._flops = flops_per_token(engine.plain().values(), lambda p: engine.shape(p).numel())
         self.restart({})
 
     def restart(self, seen: Mapping[str, float]) -> None:

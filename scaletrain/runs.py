@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.claim import LOCK, Claim
 from scaletrain.checkpoint.layout import METRICS, RECIPE, SUMMARY, checkpoints
 from scaletrain.checkpoint.remote import Remote
-from scaletrain.checkpoint.writer import set_aside
+from scaletrain.checkpoint.writer import set_aside, write
 from scaletrain.config import NetworkSpec, Recipe, Stage
 from scaletrain.crew import Progress
 from scaletrain.data.loader import Layout
 from scaletrain.data.stream import Stream
-from scaletrain.engine.choice import engine_name
+from scaletrain.engine.choice import build_engine, engine_name
+from scaletrain.engine.precision import check_precision
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
 from scaletrain.finished import report_on
@@ -107,6 +108,31 @@ def validate(recipe: Recipe) -> str:
     return f"{steps:,} steps, {len(data.train):,} {kind} to train on, {held:,} to evaluate on"
 
 
+def foresee(
+    recipe: Recipe, folder: Path, world: World | None = None
+) -> Iterator[tuple[Stage, Objective[Any], Data, dict[str, NetworkSpec], Shelf]]:
+    """Yield what each stage is made of, as if those before had ended: objective, data, networks, and where those are.
+
+    folder: an empty one, for checkpoints without weights. world: by default one process. Raises UserError.
+    """
+    check(recipe)
+    run = _Run(recipe, folder, world or World(torch.device("cpu")), [])
+    for number, stage in enumerate(run.stages, 1):
+        objective, data, specs = run.prepare(stage)
+        yield stage, objective, data, specs, run.shelf
+
+        def fill(hidden: Path, objective: Objective[Any] = objective, specs: Mapping[str, Any] = specs) -> None:
+            for name, spec in specs.items():
+                if not spec.frozen:
+                    own = hidden / "networks" / name
+                    own.mkdir(parents=True)
+                    objective.save_assets(name, own)
+                    (own / "config.json").write_text(json.dumps({"type": spec.type, "config": spec.config}))
+
+        facts = {name: spec.model_dump(mode="json", by_alias=True) for name, spec in specs.items()}
+        write(folder, number, fill, {"stage": stage.name, "complete": True, "networks": facts})
+
+
 class _Run:
     def __init__(
         self,
@@ -133,6 +159,7 @@ class _Run:
         self.latest = latest = self.world.on_main(lambda: self._look(fresh))
         for stage in self.stages:
             batch = stage.recipe.train
+            check_precision(batch.precision, self.world.device)
             Layout.derive(batch.global_batch, batch.micro_batch, self.world.size, self.world.rank)
         status = "failed"
         metrics: dict[str, float] = {}
@@ -241,6 +268,8 @@ class _Run:
             except Rollback as error:
                 skipped = sorted({*trainer.progress.skipped, *error.windows})
                 going = error.record()
+            finally:
+                trainer.engine.close()
             del trainer
             gc.collect()  # what it held, of which some refers to itself, before others are built
             saved = self.world.on_main(lambda: self._newest_of(stage))
@@ -261,12 +290,13 @@ class _Run:
             progress = Progress(**reader.state(saved)["progress"])
             self._check_facts(progress, data, stage)
         progress.skipped = sorted({*progress.skipped, *skipped})
-        networks = self.world.agree(
-            lambda: build_networks(specs, self.shelf, saved, self.world.device, stage.recipe.seed, stage.name)
+        engine = build_engine(self.world, stage.recipe.train.precision)
+        networks, weights = self.world.agree(
+            lambda: build_networks(specs, self.shelf, saved, engine, stage.recipe.seed, stage.name)
         )
         snapshot = Snapshot(self.folder, self.names, specs, self.world, stage.recipe.checkpoint, self.remote)
         trainer = self.world.agree(
-            lambda: Trainer.build(stage, objective, data, networks, progress, snapshot, self.observers, self.world)
+            lambda: Trainer.build(stage, objective, data, networks, weights, engine, progress, snapshot, self.observers)
         )
         if self.extend and progress.complete:
             if progress.step >= trainer.steps:

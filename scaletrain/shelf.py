@@ -10,7 +10,7 @@ from torch import nn
 from scaletrain.checkpoint import reader
 from scaletrain.config import NetworkSpec
 from scaletrain.errors import UserError, did_you_mean
-from scaletrain.networks.build import build
+from scaletrain.networks.build import build, outline
 
 
 class Shelf:
@@ -46,6 +46,15 @@ class Shelf:
         if kind == "stage":
             return self.stage(place, network)
         return Shelf(Path(place)).open(self._newest(Path(place), spec.source), network)
+
+    def outline(self, name: str, spec: NetworkSpec) -> nn.Module:
+        """Build a network without its weights, as those that it continues from have it (see `networks.build`)."""
+        if spec.source is None:
+            return outline(name, spec)
+        kind, _, rest = spec.source.partition(":")
+        place, _, network = rest.rpartition("/")
+        origin, shelf = self.spec(spec.source), self if kind == "stage" else Shelf(Path(place))
+        return outline(name, spec, shelf.outline(network, origin))
 
     def folder(self, source: str) -> Path:
         """Return the folder of the network that a `from` names, whether or not it holds weights of its own."""

@@ -30,15 +30,17 @@ from typing import Any
 
 import torch
 
-from scaletrain.assemble import build_players, recompute
+from scaletrain.assemble import add_averages, build_players, in_parts
 from scaletrain.callbacks.base import Observer
+from scaletrain.checkpoint.tensors import Stored
 from scaletrain.config import Duration, Stage, TrainSpec
 from scaletrain.crew import Crew, Progress, plan
 from scaletrain.data.loader import Failure, Layout, Micro, Windows
 from scaletrain.data.mixture import Mixture
 from scaletrain.data.order import key_of
 from scaletrain.data.stream import Cursor, Stream
-from scaletrain.engine.choice import build_engine
+from scaletrain.engine import savers
+from scaletrain.engine.base import Engine
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError, agreed
@@ -82,7 +84,7 @@ class Trainer:
         keep = recipe.checkpoint.keep_every
         self.keep_every = self._interval(keep, "checkpoint.keep_every") if keep else None
         self.metrics: dict[str, float] = {}
-        self._meter = Meter(self.objective.throughput, self.engine.plain().values(), recipe.train.precision, world)
+        self._meter = Meter(self.objective.throughput, self.engine)
         self._spikes = {
             turn.name: Spikes(recipe.train.guard, progress.history.setdefault(turn.name, []))
             for turn in (self.turns if recipe.train.guard.spike != "off" else ())
@@ -101,26 +103,22 @@ class Trainer:
         objective: Objective[Any],
         data: Data,
         networks: Mapping[str, torch.nn.Module],
+        weights: Mapping[str, Mapping[str, Stored]],
+        engine: Engine,
         progress: Progress,
         snapshot: Snapshot,
         observers: Sequence[Observer],
-        world: World,
     ) -> Trainer:
-        """Make players and an engine for networks that are built and on the device."""
+        """Make players for networks that are built and on the device. weights: those that the engine reads itself."""
         train = stage.recipe.train
         steps = steps_of(train.duration, objective.turns, data, train.global_batch)
-        engine = build_engine(world, train.precision)
         trained = [name for name, module in networks.items() if any(p.requires_grad for p in module.parameters())]
-        for name in trained:
-            if train.recompute:
-                recompute(name, networks[name])
-        engine.wrap(networks, trained)
-        players = build_players(stage.recipe, networks, objective.turns, steps, engine.local)
-        for name in trained:
-            if train.compile:
-                networks[name].compile()
+        savers.save(train, {name: networks[name] for name in trained}, engine.world.device)
+        engine.wrap(networks, in_parts(snapshot.specs, networks), weights)
+        players = build_players(stage.recipe, networks, objective.turns, steps, engine)
         engine.prepare(players.values(), networks)
-        return cls(stage, Crew(objective, data, engine, players), progress, snapshot, observers, world)
+        add_averages(stage.recipe, players, engine)
+        return cls(stage, Crew(objective, data, engine, players), progress, snapshot, observers, engine.world)
 
     def _layout(self, spec: TrainSpec) -> Layout:
         """Return how the global batch is cut: as before, where the recipe leaves it open and it still divides."""

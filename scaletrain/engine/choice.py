@@ -13,26 +13,51 @@ def _asked(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
+def _check_processes() -> None:
+    """Raise UserError where accelerate was told to start several processes and has started this one alone.
+
+    Its launcher of one process sets an address for several, and no rank.
+    """
+    given = os.environ.keys()
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= given and "WORLD_SIZE" not in given:
+        raise UserError(
+            "the launch configuration asks for several processes, and accelerate has started one, as it does for "
+            '`distributed_type: MULTI_CPU` or "NO". Write `distributed_type: MULTI_GPU`, and for the CPU '
+            '`gpu_ids: "-1,-1"`, as in launch/cpu_2.yaml. Where one process is meant, unset MASTER_ADDR.'
+        )
+
+
 def engine_name() -> str:
     """Return what `accelerate launch` asks for by its variables. Raises UserError for what there is no engine for."""
+    _check_processes()
     if _asked("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(
-            "the launch configuration asks for DeepSpeed, for which there is no engine yet: take distributed_type FSDP "
-            "with fsdp_version 2 (launch/fsdp2_8gpu.yaml), or MULTI_GPU."
-        )
+        from scaletrain.engine.deepspeed import ZeroSpec
+
+        return f"zero{ZeroSpec.from_environment().stage}"
     if not _asked("ACCELERATE_USE_FSDP"):
         return "data_parallel"
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("the launch configuration asks for the first FSDP: set `fsdp_version: 2` in its fsdp_config.")
+    from scaletrain.engine.fsdp import Sharding
+
+    Sharding.read(os.environ)
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else transformers reads weights on one rank alone
     return "fsdp2"
 
 
 def build_engine(world: World, precision: str) -> Engine:
-    """Return the engine; a single process has nothing to shard."""
-    if engine_name() == "fsdp2" and world.size > 1:
-        from scaletrain.engine.fsdp import FullyShard
+    """Return the engine; a single process has nothing to shard, but it may put things off the GPU."""
+    name = engine_name()
+    if name.startswith("zero"):
+        from scaletrain.engine.deepspeed import Zero, ZeroSpec
 
-        return FullyShard(world, precision)
+        spec = ZeroSpec.from_environment()
+        if world.size > 1 or spec.offloads:
+            return Zero(world, precision, spec)
+    if name == "fsdp2" and world.size > 1:
+        from scaletrain.engine.fsdp import FullyShard, Sharding
+
+        return FullyShard(world, precision, Sharding.read(os.environ))
     from scaletrain.engine.data_parallel import DataParallel
 
     return DataParallel(world, precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -22,16 +22,18 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((flops for part, flops in _PEAK_BF16.items() if part in name), None)
 
 
-def flops_per_token(networks: Iterable[nn.Module]) -> float:
+def flops_per_token(
+    networks: Iterable[nn.Module], size_of: Callable[[torch.Tensor], int] = torch.Tensor.numel
+) -> float:
     """Return the work of a training step for one token, over networks that see every token once.
 
     2 FLOP a weight forward, 2 back to the activations where anything is trained, 2 to each trained weight: 6 N for full
     training (Kaplan et al., 2020, section 2.1). Attention's products of positions are left out, so MFU is on the low
-    side for long sequences.
+    side for long sequences. size_of: the elements of a weight that may be held in parts.
     """
     total = 0.0
     for network in networks:
-        size = sum(p.numel() for p in network.parameters())
-        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        size = sum(size_of(p) for p in network.parameters())
+        trained = sum(size_of(p) for p in network.parameters() if p.requires_grad)
         total += 2 * size + (2 * size + 2 * trained if trained else 0)
     return total

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from scaletrain.engine.base import Engine
-from scaletrain.engine.statistics import statistics
+from scaletrain.engine.base import Engine, Part
+from scaletrain.engine.statistics import Statistics
 from scaletrain.player import Outcome, Player
 
 
@@ -26,8 +26,7 @@ class Native(Engine):
         self._plain = dict(networks)
         self._players = list(players)
         self._wrapped = {name: self.wrapped(m) for player in self._players for name, m in player.networks.items()}
-        self._statistics = list(statistics(networks).values())
-        self._kept = [tensor.clone() for tensor in self._statistics]
+        self._statistics = Statistics(networks, self.world)
 
     @abstractmethod
     def wrapped(self, module: nn.Module) -> nn.Module:
@@ -73,28 +72,21 @@ class Native(Engine):
 
     def synchronise_statistics(self, stepped: bool) -> None:
         """Average BatchNorm's running statistics over the processes, or take them back."""
-        if not self._statistics:
-            return
-        if stepped:
-            self.world.mean_(self._statistics)
-            torch._foreach_copy_(self._kept, self._statistics)
-        else:
-            torch._foreach_copy_(self._statistics, self._kept)
+        self._statistics.settle(stepped)
 
-    def state(self, player: Player) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def state(self, player: Player) -> tuple[dict[str, Part], dict[str, Any]]:
         """Read the optimiser's state by parameter name."""
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Part] = {}
         values: dict[str, Any] = {}
-        states = player.optimizer.state_dict()["state"]
-        for number, name in enumerate(self._in_order(player)):
-            for key, value in states.get(number, {}).items():
+        for name, parameter in player.trainable.items():
+            for key, value in player.optimizer.state.get(parameter, {}).items():  # bitsandbytes' state_dict is nested
                 if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer/{key}/{name}"] = self.whole(value, player.trainable[name])
+                    tensors[f"optimizer/{key}/{name}"] = self.gathered(value, parameter)
                 else:
                     values.setdefault(name, {})[key] = value
         if player.ema:
             for name, value in player.ema.shadow.items():
-                tensors[f"ema/{name}"] = self.whole(value, player.trainable.get(name, value))
+                tensors[f"ema/{name}"] = self.gathered(value, player.trainable.get(name, value))
         return tensors, values
 
     def load(self, player: Player, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:

@@ -9,8 +9,16 @@ from typing import Any
 import torch
 
 from scaletrain.config import ScalerSpec
+from scaletrain.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise UserError where a GPU does not compute in bf16: torch would emulate it, slower than fp32."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"train.precision is bf16, which {name} does not compute in: take fp16 or fp32.")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -256,6 +256,8 @@ def check_attention(model: nn.Module, batch: Batch, packed: bool) -> None:
 
     try:
         usual = logits(slice(0))
+        if usual.untyped_storage().device.type == "meta":  # without values, as `scaletrain plan` has them
+            return
         causal = _same(usual[:, :7], logits(slice(7, 8))[:, :7])
         isolated = not packed or _same(usual[:, 4:], logits(slice(4))[:, 4:])
     except TypeError as error:

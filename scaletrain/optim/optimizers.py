@@ -22,6 +22,7 @@ def build_optimizer(
     named: Mapping[str, nn.Parameter],
     networks: Iterable[nn.Module] = (),
     key: str = "optimizer",
+    shape: Callable[[nn.Parameter], torch.Size] = Tensor.size,
 ) -> Optimizer:
     """Build the optimiser of a player over its parameters, in the order of `named`.
 
@@ -30,7 +31,8 @@ def build_optimizer(
     `optimizer.state[parameter]` is a flat dict of tensors and numbers for every type.
 
     networks: the modules that hold the parameters, unwrapped; muon leaves their embeddings and output heads to AdamW.
-    key: the dotted key of `spec`, for messages. Raises UserError for a figure that the type does not take.
+    key: the dotted key of `spec`, for messages. shape: of a parameter that may be held in parts. Raises UserError for a
+    figure that the type does not take.
     """
     check_optimizer(spec, key)
     options = _options(spec)
@@ -38,7 +40,8 @@ def build_optimizer(
         if spec.type == "muon":
             return _muon(spec, named, networks, key)
         cls = _class(spec.type, key)
-        return cls(_groups(named.values(), spec.weight_decay), lr=spec.lr, **options, **_fused(cls, named.values()))
+        groups = _groups(named.values(), spec.weight_decay, shape)
+        return cls(groups, lr=spec.lr, **options, **_fused(cls, named.values()))
     except ValueError as error:
         raise UserError(f"`{key}`: {error}") from error
 
@@ -47,12 +50,12 @@ _MOMENTS = {"sgd": 4, "adagrad": 4, "rmsprop": 4, "adafactor": 0, "lion": 4, "mu
 _BYTES_8BIT = {"adam8bit": 2, "adamw8bit": 2, "lion8bit": 1, "paged_adamw8bit": 2}
 
 
-def state_bytes(spec: OptimizerSpec, named: Mapping[str, nn.Parameter]) -> int:
+def state_bytes(spec: OptimizerSpec, shapes: Iterable[torch.Size]) -> int:
     """Return about how many bytes of state an optimiser will hold: two fp32 moments for Adam, one for most others."""
     each = (_MOMENTS | _BYTES_8BIT).get(spec.type, 8)
     if spec.type == "sgd" and not spec.momentum:
         each = 0
-    return each * sum(p.numel() for p in named.values())
+    return each * sum(shape.numel() for shape in shapes)
 
 
 def check_optimizer(spec: OptimizerSpec, key: str = "optimizer") -> None:
@@ -165,11 +168,13 @@ def _options(spec: OptimizerSpec) -> dict[str, Any]:
     return options
 
 
-def _groups(params: Iterable[nn.Parameter], weight_decay: float) -> Groups:
+def _groups(
+    params: Iterable[nn.Parameter], weight_decay: float, shape: Callable[[nn.Parameter], torch.Size] = Tensor.size
+) -> Groups:
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for p in params:
-        (matrices if p.ndim >= 2 else vectors).append(p)
+        (matrices if len(shape(p)) >= 2 else vectors).append(p)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from scaletrain.config import ScalerSpec
-from scaletrain.engine.precision import LossScaler, build_scaler
+from scaletrain.engine.precision import LossScaler, build_scaler, check_precision
+from scaletrain.errors import UserError
 
 
 def test_scaling_follows_torch_grad_scaler() -> None:
@@ -51,3 +52,15 @@ def test_the_scale_stops_at_its_minimum() -> None:
         scaler.advance(True)
     assert with_room == [False, False, True, True]
     assert scaler.scale == pytest.approx(1.0)
+
+
+def test_bf16_is_refused_where_a_gpu_would_emulate_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(UserError, match=r"train\.precision is bf16, which Tesla T4 does not compute in: take fp16"):
+        check_precision("bf16", gpu)
+    check_precision("fp16", gpu)
+    check_precision("bf16", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    check_precision("bf16", gpu)
