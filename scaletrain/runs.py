@@ -31,7 +31,7 @@ from scaletrain.config import NetworkSpec, Recipe, Stage
 from scaletrain.crew import Progress
 from scaletrain.data.loader import Layout
 from scaletrain.data.stream import Stream
-from scaletrain.engine.choice import build_engine, engine_name
+from scaletrain.engine.choice import build_engine, check_launch, engine_name
 from scaletrain.engine.precision import check_precision
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
@@ -73,6 +73,7 @@ def train(
     signal stopped the run after it saved.
     """
     check(recipe)
+    check_launch(stage.recipe.train.precision for stage in stages(recipe))
     engine_name()
     world = World.start()
     try:

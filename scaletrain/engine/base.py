@@ -107,7 +107,7 @@ class Engine(ABC):
 
     @abstractmethod
     def accumulate(self, player: Player, last: bool) -> AbstractContextManager[None]:
-        """Return the context of a micro-batch: gradients are reduced over processes at the last one only."""
+        """Return the context of a micro-batch. After the last one of an update, gradients are those of all processes."""
 
     @abstractmethod
     def backward(self, player: Player, loss: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from scaletrain.engine.base import Engine
 from scaletrain.engine.world import World
@@ -25,6 +26,19 @@ def _check_processes() -> None:
             '`distributed_type: MULTI_CPU` or "NO". Write `distributed_type: MULTI_GPU`, and for the CPU '
             '`gpu_ids: "-1,-1"`, as in launch/cpu_2.yaml. Where one process is meant, unset MASTER_ADDR.'
         )
+
+
+def check_launch(precisions: Iterable[str]) -> None:
+    """Raise UserError where accelerate was told what a recipe says, and told otherwise. precisions: of its stages."""
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    for precision in precisions:
+        if told not in ("no", precision):
+            raise UserError(
+                f"the launch configuration says `mixed_precision: {told}` and the recipe train.precision={precision}: "
+                'the recipe decides, so set train.precision there, or `mixed_precision: "no"` in the launch file.'
+            )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise UserError("the launch configuration asks for dynamo: leave dynamo_config out and set train.compile=true.")
 
 
 def engine_name() -> str:
