@@ -145,8 +145,8 @@ class NetworkSpec(Strict):
     frozen: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     shard: bool | None = None
-    """Of a frozen network under FSDP2: hold it in parts too, and gather a block when it computes; by default from 1e9
-    weights on."""
+    """Of a frozen network under FSDP2 and ZeRO-3: hold it in parts too, and gather a block when it computes; by default
+    from 1e9 weights on."""
     source: str | None = Field(None, alias="from", pattern=r"^(stage:[^/]+/[^/]+|run:.+/[^/]+)$")
 
 

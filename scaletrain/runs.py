@@ -247,6 +247,14 @@ class _Run:
             self.remote.send()  # what an earlier attempt could not
         self.opened = True
 
+    def _see_folder(self) -> None:
+        """Raise UserError where this process, which is to write its share, does not see what rank 0 has written."""
+        if not (self.folder / RECIPE).is_file():
+            raise UserError(
+                f"process {self.world.rank} does not see {self.folder.absolute()}, which process 0 has made. Each "
+                "writes its share of a checkpoint: --root must be on a disk that all machines share."
+            )
+
     def prepare(self, stage: Stage) -> tuple[Objective[Any], Data, dict[str, NetworkSpec]]:
         """Make the objective, the examples and what the networks are told. Raises UserError."""
         objective = objective_of(stage.recipe)
@@ -310,6 +318,8 @@ class _Run:
         if self.world.total([float(signals.asked)])[0]:
             raise Interrupted("stopped before a step was taken; run the same command again.")
         self.world.agree(self._open_folder)
+        if engine.sharded:
+            self.world.agree(self._see_folder)
         if self.world.main:
             rewind(self.folder / METRICS, progress.first_step + progress.step)
         if saved:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,10 +33,11 @@ from scaletrain.config import CheckpointSpec, NetworkSpec, Stage
 from scaletrain.crew import Crew, Progress
 from scaletrain.engine.base import Engine, Part
 from scaletrain.engine.world import World
-from scaletrain.errors import Interrupted
+from scaletrain.errors import Interrupted, UserError
 from scaletrain.networks.build import own_names, save, save_config
 from scaletrain.objectives.base import Objective
 
+T = TypeVar("T")
 log = logging.getLogger("scaletrain")
 
 
@@ -133,31 +134,34 @@ class Snapshot:
         whole: dict[str, dict[str, torch.Tensor]] = {}
         for group, parts in groups.items():
             if group not in divided:
-                found = _gathered(parts)
-                whole |= {group: found} if self.world.main else {}
+                if self.world.main:
+                    whole[group] = _gathered(parts)
+                else:
+                    _attend(parts)
         if crew.engine.lockstep:
             # Libraries ask a module for its state, which reshards it under the feet of a forward pass: not beside one.
             hidden = hidden_folder(self.root, step)
-            with _interrupting(), _told(step, self.root):
-                self.world.on_main(lambda: self._write_networks(crew, whole, fixed, hidden))
+            with _interrupting():
+                self.world.on_main(_telling(step, self.root, partial(self._write_networks, crew, whole, fixed, hidden)))
         fill = self._take(crew, whole, fixed, shared, values) if self.world.main else None
 
+        telling = partial(_telling, step, self.root)
+
         def work() -> None:
-            with _told(step, self.root):
-                if self._beside is None:
-                    if fill:
-                        self._write(step, write, fill, facts)
-                    return
-                try:
-                    self._beside.agree(write_share)
-                except OSError:
-                    if fill:
-                        shutil.rmtree(hidden_folder(self.root, step), ignore_errors=True)
-                    raise
+            if self._beside is None:
                 if fill:
-                    self._beside.on_main(partial(self._write, step, partial(write, begun=True), fill, facts))
-                else:
-                    self._beside.on_main(lambda: None)  # rank 0 does it
+                    telling(partial(self._write, step, write, fill, facts))()
+                return
+            hidden = hidden_folder(self.root, step)
+            try:
+                self._beside.agree(telling(write_share))
+                self._beside.on_main(partial(_check_shares, hidden, shared))
+            except (OSError, UserError):
+                if fill:
+                    shutil.rmtree(hidden, ignore_errors=True)
+                raise
+            put = partial(write, begun=True)
+            self._beside.on_main(telling(partial(self._write, step, put, fill, facts)) if fill else lambda: None)
 
         self._background.start(work)
         self._saved = time.monotonic()
@@ -220,7 +224,7 @@ class Snapshot:
         if not divided:
             return lambda: None
         if self._beside is None:
-            self._beside = World(self.world.device, self.world.rank, self.world.size)  # a group for threads
+            self._beside = self.world.beside()
         hidden, rank = hidden_folder(self.root, step), self.world.rank
         own = {group.group: group.file(rank) for group in divided if rank in group.owners.values()}
 
@@ -349,6 +353,16 @@ def _interrupting() -> Iterator[None]:
         raise Interrupted(str(error)) from error
 
 
+def _telling(step: int, root: Path, work: Callable[[], T]) -> Callable[[], T]:
+    """Return work whose errors say which save it was, before ranks agree on them."""
+
+    def told() -> T:
+        with _told(step, root):
+            return work()
+
+    return told
+
+
 @contextmanager
 def _told(step: int, root: Path) -> Iterator[None]:
     """Have an OSError, or safetensors' own for a full disk, say which save it was and what to do."""
@@ -384,10 +398,29 @@ def _parts(
     return changing, fixed
 
 
+def _attend(parts: Mapping[str, Part]) -> None:
+    """Take part in the gathering of tensors for another process."""
+    for part in {id(part): part for part in parts.values()}.values():
+        for _ in part.pieces() if part.held is None else ():
+            pass
+
+
 def _gathered(parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
     """Gather tensors; one under two names is one."""
     once = {id(part): part.gather() for part in {id(part): part for part in parts.values()}.values()}
     return {name: once[id(part)] for name, part in parts.items()}
+
+
+def _check_shares(folder: Path, divided: Iterable[_Divided]) -> None:
+    """Raise UserError unless the files of all ranks are here."""
+    for group in divided:
+        for rank in sorted(set(group.owners.values())):
+            path = folder / group.file(rank)[0]
+            if not path.is_file():
+                raise UserError(
+                    f"process {rank} has written {path.name}, and it is not in {path.parent}: all processes write "
+                    "into one run folder, so --root must be on a disk that all machines share."
+                )
 
 
 class _Divided:

@@ -235,7 +235,10 @@ class Trainer:
             self.progress.refused = 0
             if player.ema:
                 player.ema.update(player.updates)
-            self.objective.after_update(player, self.engine.plain())
+            if type(self.objective).after_update is not Objective.after_update:
+                networks = self.engine.plain()
+                with self.engine.changing(player):
+                    self.objective.after_update(player, networks)
         else:
             player.skipped += 1
             if outcome.finite or not scaled:

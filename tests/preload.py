@@ -1,8 +1,11 @@
 """What the server that tests fork their runs from has imported already."""
 
+import os
+
 import accelerate
 import peft
 import torch
+import torch._dynamo
 import transformers
 import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama
@@ -11,4 +14,7 @@ import scaletrain.callbacks.log
 import scaletrain.cli
 import scaletrain.runs
 
-__all__ = ["accelerate", "peft", "scaletrain", "torch", "transformers"]
+os.environ["DS_ACCELERATOR"] = "cpu"  # asked for as it is imported
+import deepspeed
+
+__all__ = ["accelerate", "deepspeed", "peft", "scaletrain", "torch", "transformers"]

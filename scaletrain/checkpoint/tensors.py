@@ -103,7 +103,10 @@ class Stored:
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """Return the tensors in the safetensors files of a folder, by name, without reading them; of the usual types."""
+    """Return the tensors in the safetensors files of a folder, by name, without reading them; of the usual types.
+
+    Raises OSError for a file that was cut.
+    """
     assert sys.byteorder == "little"  # as the format is
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -111,6 +114,9 @@ def stored(folder: Path) -> dict[str, Stored]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if path.stat().st_size < 8 + size + end:
+            raise OSError(f"{path} ends before its tensors do")
         for name, entry in header.items():
             if entry["dtype"] in _TYPES:
                 shape, begin = torch.Size(entry["shape"]), 8 + size + entry["data_offsets"][0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,9 +105,13 @@ class Engine(ABC):
     def plain(self) -> Mapping[str, nn.Module]:
         """Return the networks without wrappers, for evaluation, sampling and saving."""
 
+    def changing(self, player: Player) -> AbstractContextManager[None]:
+        """Return the context in which a family may change the weights of a player's networks in place."""
+        return nullcontext()
+
     @abstractmethod
     def accumulate(self, player: Player, last: bool) -> AbstractContextManager[None]:
-        """Return the context of a micro-batch. After the last one of an update, gradients are those of all processes."""
+        """Return the context of a micro-batch. After the last one, gradients are those of all processes."""
 
     @abstractmethod
     def backward(self, player: Player, loss: torch.Tensor) -> None:

@@ -49,12 +49,17 @@ def engine_name() -> str:
 
         return f"zero{ZeroSpec.from_environment().stage}"
     if not _asked("ACCELERATE_USE_FSDP"):
+        for name in ("dp_shard", "tp", "cp", "sp"):
+            if os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1") != "1":
+                raise UserError(f"parallelism_config_{name}_size is for distributed_type FSDP: leave it out.")
         return "data_parallel"
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("the launch configuration asks for the first FSDP: set `fsdp_version: 2` in its fsdp_config.")
     from scaletrain.engine.fsdp import Sharding
 
-    Sharding.read(os.environ)
+    sharding = Sharding.read(os.environ)
+    if sharding.offload and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise UserError("fsdp_offload_params needs several processes: one has nothing in parts. Leave it out.")
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else transformers reads weights on one rank alone
     return "fsdp2"
 

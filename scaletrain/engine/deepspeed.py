@@ -31,6 +31,12 @@ from scaletrain.parameters import replace_parameters
 from scaletrain.player import Outcome, Player
 
 _ELEMENTWISE = frozenset(("sgd", "rmsprop", "adam", "adamw", "lion"))
+_ELSEWHERE = {
+    "GRADIENT_CLIPPING": "players.<name>.clip",
+    "GRADIENT_ACCUMULATION_STEPS": "train.global_batch and train.micro_batch",
+    "DEEPSPEED_MOE_LAYER_CLS_NAMES": "blocks are found by themselves",
+}
+"""Variables of accelerate's for DeepSpeed that say what is said elsewhere."""
 _BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 """Batches are the trainer's: DeepSpeed only divides by these."""
 _OURS = {
@@ -73,6 +79,12 @@ class ZeroSpec:
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         if stage not in ("1", "2", "3"):
             raise UserError(f"deepspeed_config.zero_stage is {stage}: take 1, 2 or 3, or distributed_type MULTI_GPU.")
+        for variable, place in _ELSEWHERE.items():
+            if os.environ.get(f"ACCELERATE_{variable}", "auto") not in ("auto", "none", "1"):
+                key = variable.removeprefix("DEEPSPEED_").lower()
+                raise UserError(
+                    f"deepspeed_config.{key} belongs to the recipe ({place}): leave it out of the launch file."
+                )
         zero: dict[str, Any] = {"stage": int(stage)}
         for part in ("optimizer", "param"):
             device = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part.upper()}_DEVICE", "none")
@@ -99,6 +111,8 @@ class ZeroSpec:
         for part in ("offload_optimizer", "offload_param"):
             if zero.get(part, {}).get("device", "none") not in ("none", "cpu"):
                 raise UserError(f"{path}: zero_optimization.{part}.device: take cpu or none.")
+        if zero["stage"] < 3 and zero.get("offload_param", {}).get("device") == "cpu":
+            raise UserError(f"{path}: zero_optimization.offload_param needs stage 3: below, parameters stay whole.")
         return cls(zero["stage"], {**config, "zero_optimization": zero})
 
 
@@ -127,7 +141,7 @@ class Zero(Engine):
         """Under ZeRO-3, hold in parts what comes unread, one weight after the other, and large frozen networks."""
         if not dist.is_initialized():  # one process, started by no launcher, which offloads
             backend = "gloo" if self.world.device.type == "cpu" else "nccl"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
         if self._spec.stage < 3:
             return
         deepspeed = import_deepspeed(self.world.device)
@@ -144,6 +158,12 @@ class Zero(Engine):
     def prepare(self, players: Iterable[Player], networks: Mapping[str, nn.Module]) -> None:
         """Give each player's networks and optimiser to a DeepSpeed engine. Raises UserError."""
         self._players = list(players)
+        for player in self._players:
+            for name, parameter in player.trainable.items():
+                if not len(self.shape(parameter)):
+                    raise UserError(
+                        f"networks.{name.replace('/', '.', 1)} is a scalar, which ZeRO cannot hold: use DDP."
+                    )
         self._networks = dict(networks)
         self._held = {player.name: _Held(player, self._spec, self.world) for player in self._players}
         self._statistics = Statistics(networks, self.world)
@@ -169,6 +189,22 @@ class Zero(Engine):
             held.let_go()
         for engine in self._frozen:
             engine.optimizer.partition_all_parameters()
+
+    @contextmanager
+    def changing(self, player: Player) -> Iterator[None]:
+        """Gather weights that are held in parts, and have the parts and masters be what was made of them."""
+        parameters: list[Any] = list(player.trainable.values())
+        if self._spec.stage == 3:
+            deepspeed = import_deepspeed(self.world.device)
+            with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+                yield
+            for parameter in parameters:
+                deepspeed.utils.safe_set_local_fp32_param(parameter, parameter.ds_tensor)
+            return
+        yield
+        for linked in (getattr(parameter, "_hp_mapping", None) for parameter in parameters):
+            if linked is not None:
+                linked.update_hp()
 
     @contextmanager
     def accumulate(self, player: Player, last: bool) -> Iterator[None]:
@@ -365,7 +401,7 @@ class _Held:
         inside = slice(here.start, here.start + here.numel)
         return flat, inside, slice(there.start, there.start + there.numel)
 
-    def _held(self, parameter: torch.Tensor, key: str) -> tuple[torch.Tensor, int]:
+    def _stretch(self, parameter: torch.Tensor, key: str) -> tuple[torch.Tensor, int]:
         """Return what is held here of a parameter's state, flat, and where in the parameter that begins."""
         place = self._place(parameter)
         if place is None:
@@ -385,7 +421,7 @@ class _Held:
                 if not isinstance(value, torch.Tensor):
                     values.setdefault(name, {})[key] = value
                 elif value.dim():
-                    held = partial(self._held, parameter, key)
+                    held = partial(self._stretch, parameter, key)
                     parts[f"optimizer/{key}/{name}"] = summed(shape, value.dtype, held, self.world.device)
                 else:  # the number of steps, which all have alike
                     parts[f"optimizer/{key}/{name}"] = Part.whole(value.clone())
@@ -400,16 +436,20 @@ class _Held:
             kind, _, rest = entry.partition("/")
             if kind == "optimizer":
                 first.setdefault(rest.partition("/")[0], entry)
+        on_device = any(g.get("fused") or g.get("capturable") for g in self.player.optimizer.param_groups)
         for flat in self._flat() if first or numbers else ():
             states[flat] = dict(numbers)
             for key, entry in first.items():
                 like = tensors[entry]
-                states[flat][key] = torch.zeros_like(flat, dtype=like.dtype) if like.dim() else like.clone()
+                if like.dim():
+                    states[flat][key] = torch.zeros_like(flat, dtype=like.dtype)
+                else:
+                    states[flat][key] = like.to(flat.device) if on_device else like.clone()
         for name, parameter in trainable.items():
             place = self._place(parameter)
             for key in first if place else ():
-                whole = tensors[f"optimizer/{key}/{name}"]
-                if place and whole.dim():
+                whole = tensors.get(f"optimizer/{key}/{name}")  # none of what has never had a gradient
+                if place and whole is not None and whole.dim():
                     flat, inside, part = place
                     states[flat][key][inside] = whole.flatten()[part].to(flat.device)
 

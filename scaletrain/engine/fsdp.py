@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -156,6 +163,8 @@ class FullyShard(Native):
         for unit in last:  # needed at once for the backward pass
             fully_shard(unit, reshard_after_forward=not trained, **options)
         fully_shard(network, reshard_after_forward=not trained, **options)
+        if hasattr(network, "get_base_model"):  # peft generates by its base's forward, for which the root gathers nothing
+            register_fsdp_forward_method(network, "generate")
 
     def _read(self, network: nn.Module, weights: Mapping[str, Stored]) -> None:
         """Read this process's parts of weights from their files."""
@@ -240,7 +249,8 @@ class FullyShard(Native):
 
     def norm(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the norm over the parts of all processes. Replicas have the same, or the largest of theirs."""
-        squares = torch.stack(torch._foreach_norm(list(gradients))).square().sum().to(self.world.device)
+        norms = torch._foreach_norm(list(gradients)) if gradients else [torch.zeros(())]
+        squares = torch.stack(list(norms)).square().sum().to(self.world.device)
         dist.all_reduce(squares, group=self._mesh.get_group("shard"))
         if self._sharding.replicas > 1:
             squares = squares.nan_to_num(nan=math.inf, posinf=math.inf)  # a maximum over ranks may lose a NaN
@@ -295,7 +305,7 @@ def _ends(network: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def _check(name: str, network: nn.Module) -> None:
-    """Raise UserError for weights that FSDP2 cannot hold in parts."""
+    """Make weights contiguous, as FSDP2 wants them. Raises UserError for those that it cannot hold in parts."""
     for key, parameter in network.named_parameters():
         fault = "a scalar" if not parameter.dim() else "" if parameter.is_floating_point() else f"{parameter.dtype}"
         if fault:

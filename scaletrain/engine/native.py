@@ -1,6 +1,6 @@
 """What engines share that step a torch optimiser themselves: scaling, clipping, skipping, and state by name.
 
-Parameters may be held whole or in parts; `local`, `whole` and `part` are all that differs.
+Parameters may be held whole or in parts; `local`, `gathered`, `part`, `norm` and `accumulate` are what differs.
 """
 
 from __future__ import annotations
@@ -92,19 +92,18 @@ class Native(Engine):
     def load(self, player: Player, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
         """Write the optimiser's state, through its own `load_state_dict` so that its placement rules hold."""
         states: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in values.items()}
-        for key, value in tensors.items():
+        for key in tensors:  # which may be read as they are asked for
             kind, _, rest = key.partition("/")
             if kind == "optimizer":
                 field, _, name = rest.partition("/")
-                states.setdefault(name, {})[field] = self.part(value, player.trainable[name])
+                states.setdefault(name, {})[field] = self.part(tensors[key], player.trainable[name])
         numbered = {i: states[name] for i, name in enumerate(self._in_order(player)) if name in states}
         groups = player.optimizer.state_dict()["param_groups"]
         player.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         if player.ema:
-            average = {k.removeprefix("ema/"): v for k, v in tensors.items() if k.startswith("ema/")}
-            player.ema.load_state_dict(
-                {k: self.local(self.part(v, player.trainable.get(k, v))) for k, v in average.items()}
-            )
+            shadow = player.ema.shadow
+            like = {name: player.trainable.get(name, value) for name, value in shadow.items()}
+            player.ema.load_state_dict({n: self.local(self.part(tensors[f"ema/{n}"], like[n])) for n in shadow})
 
     @staticmethod
     def _in_order(player: Player) -> list[str]:

@@ -28,6 +28,9 @@ def fresh(store: Any, rank: int, size: int, seconds: float = 1800.0) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if rank == 0:
+            if not store.check([f"token/{r}" for r in range(size)]):  # asking for what is not there waits in the store
+                time.sleep(_PAUSE)
+                continue
             tokens = [token.decode() for token in store.multi_get([f"token/{r}" for r in range(size)])]
             if tokens != seen:
                 name, seen = uuid.uuid4().hex, tokens

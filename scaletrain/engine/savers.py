@@ -143,15 +143,19 @@ def offloaded(block: nn.Module, forward: Forward) -> Forward:
     return call
 
 
+def _is_weight(address: int, block: nn.Module) -> bool:
+    """Whether a parameter stands at an address; now, since engines gather them only when a module is called."""
+    return any(p.untyped_storage().data_ptr() == address for p in block.parameters() if not p.is_meta)
+
+
 @contextmanager
 def _host(block: nn.Module) -> Iterator[None]:
     """Move the memory of what is saved inside: once, whatever parts and forms of it are saved."""
-    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
     moved: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
         storage = tensor.untyped_storage()
-        if storage.nbytes() < _WORTH_MOVING or storage.data_ptr() in weights:
+        if storage.nbytes() < _WORTH_MOVING or _is_weight(storage.data_ptr(), block):
             return tensor
         key = (storage.data_ptr(), tensor.dtype, tensor._version)
         if key not in moved:

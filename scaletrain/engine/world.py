@@ -29,6 +29,7 @@ class World:
 
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1):
         self.device, self.rank, self.size = device, rank, size
+        self._beside: World | None = None
         self._host = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if size > 1 else None
 
     @classmethod
@@ -49,6 +50,12 @@ class World:
             device = torch.device("cpu") if cpu else state.device
             return cls(device, state.process_index, state.num_processes)
         return cls(torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device()))
+
+    def beside(self) -> World:
+        """Return the same processes over a group of their own, for threads beside the loop."""
+        if self._beside is None:
+            self._beside = World(self.device, self.rank, self.size)
+        return self._beside
 
     @property
     def main(self) -> bool:

@@ -55,6 +55,8 @@ def unread(name: str, spec: NetworkSpec, saved: Path | None = None) -> Unread | 
             buffer.copy_(entry.whole())
         elif key in module.state_dict():
             return None
+    if not hasattr(module, "save_pretrained") and files.keys() != module.state_dict().keys():
+        return None  # `build` tells what does not fit
     if spec.frozen:
         module.requires_grad_(False)
     if getattr(module, "can_generate", bool)() and (folder / "generation_config.json").exists():

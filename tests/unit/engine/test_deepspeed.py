@@ -161,9 +161,9 @@ def words(tmp_path: Path) -> list[object]:
     (tmp_path / "poisoned.py").write_text(OBJECTIVE)
     (tmp_path / "r.yaml").write_text(
         "{objective: {type: poisoned}, data: {train: 'sklearn:iris', workers: 0},"
-        " train: {duration: 80 steps, global_batch: 50, micro_batch: 5},"
+        " train: {duration: 40 steps, global_batch: 60, micro_batch: 15},"
         " players: {model: {optimizer: {type: adamw, lr: 0.01, weight_decay: 0.1}, clip: 1.0, ema: {decay: 0.9}}},"
-        " checkpoint: {every: 30 steps}, log: {every: 1}}"
+        " checkpoint: {every: 15 steps}, log: {every: 1}}"
     )
     return ["run", tmp_path / "r.yaml", "--code", tmp_path / "poisoned.py", "--root", tmp_path]
 
@@ -187,13 +187,12 @@ def offloaded(stage: int, *parts: str) -> dict[str, str]:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_an_optimiser_that_is_refused_starts_nothing(words: list[object], tmp_path: Path) -> None:
-    for kind in ("muon", "adafactor", "adagrad", "adamw8bit"):
-        change = [f"players.model.optimizer={{type: {kind}}}", "--run", "r"]
-        codes, printed = start([*words, *change], 2, variables=ENGINES["zero1"]).finish()
-        assert codes == [2, 2], printed
-        assert f"players.model.optimizer.type: {kind} cannot step the flat pieces" in printed
-        assert "Traceback" not in printed
-        assert not (tmp_path / "r").exists()
+    change = ["players.model.optimizer={type: muon}", "--run", "r"]
+    codes, printed = start([*words, *change], 2, variables=ENGINES["zero1"]).finish()
+    assert codes == [2, 2], printed
+    assert "players.model.optimizer.type: muon cannot step the flat pieces" in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.distributed
