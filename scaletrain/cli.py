@@ -156,6 +156,45 @@ def validate(name: Name, overrides: Overrides = None, code: Code = None, verbose
 
 
 @_command
+def plan(
+    name: Name,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="How many, on all machines together.")] = 1,
+    engine: Annotated[str, typer.Option(help="ddp, fsdp2, hsdp, zero1, zero2 or zero3.")] = "ddp",
+    offload: Annotated[bool, typer.Option("--offload", help="Weights and optimiser are kept in host memory.")] = False,
+    device: Annotated[str, typer.Option(help="gpu or cpu.")] = "gpu",
+    device_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Of one device: 80GB, 24GiB.")] = None,
+    throughput: Annotated[float | None, typer.Option(min=0.0, help="Tokens (or samples) in a second, of all.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything, in bytes, for programs.")] = False,
+    code: Code = None,
+    verbose: Verbose = False,
+) -> None:
+    """Tell what a run will need, without a GPU and without weights: memory by kind, the largest micro-batch, hours.
+
+    \b
+    Examples:
+      scaletrain plan lm/pretrain data.train=corpus.txt --processes 8 --engine zero3 --device-memory 80GB
+      scaletrain plan mine.yaml --processes 8 --engine fsdp2 --device-memory 24GiB --throughput 12000
+    """
+    recipe = _load(name, overrides, code)
+    from scaletrain.planning.plan import plan as needs_of
+    from scaletrain.planning.plan import read_memory
+    from scaletrain.planning.report import as_text, as_values
+    from scaletrain.planning.share import Way
+
+    if device not in ("gpu", "cpu"):
+        raise UserError(f"--device: {device} is neither gpu nor cpu.")
+    memory = read_memory(device_memory) if device_memory else None
+    found = []
+    for needs in needs_of(recipe, Way(engine, processes, offload, device == "gpu"), memory, throughput):
+        found.append(as_values(needs))
+        if not json:
+            print(as_text(needs))
+    if json:
+        _print_json(found)
+
+
+@_command
 def run(
     name: Name,
     overrides: Overrides = None,
@@ -170,6 +209,12 @@ def run(
         typer.Option("--extend", help="Go on with a run that is finished, or whose data, duration or batch changed."),
     ] = False,
     code: Code = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(
+            "--launch", metavar="FILE", help="Start the processes that a configuration of accelerate asks for."
+        ),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Train a recipe, or resume where its run folder has a checkpoint.
@@ -181,8 +226,14 @@ def run(
       scaletrain run quickstart stages.teacher.train.duration='500 steps'
       scaletrain run lm/lora ... train.duration='6 epochs' --extend
       scaletrain run mine.yaml --code my_objective.py
+      scaletrain run quickstart --launch cpu_2         as launch/cpu_2.yaml says; also a file of your own
+      scaletrain run quickstart --launch 'two_nodes --machine_rank 0 --main_process_ip 10.0.0.1'
     """
     recipe = _load(name, overrides, code)
+    if launch is not None:
+        from scaletrain.launching import start, without_launch
+
+        raise typer.Exit(start(launch, without_launch(sys.argv[1:]), verbose))
     from scaletrain.catalog import run_name
     from scaletrain.runs import train
 

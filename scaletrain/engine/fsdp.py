@@ -163,7 +163,7 @@ class FullyShard(Native):
         for unit in last:  # needed at once for the backward pass
             fully_shard(unit, reshard_after_forward=not trained, **options)
         fully_shard(network, reshard_after_forward=not trained, **options)
-        if hasattr(network, "get_base_model"):  # peft generates by its base's forward, for which the root gathers nothing
+        if hasattr(network, "get_base_model"):  # peft generates by its base's forward, and the root gathers nothing
             register_fsdp_forward_method(network, "generate")
 
     def _read(self, network: nn.Module, weights: Mapping[str, Stored]) -> None:
