@@ -514,5 +514,7 @@ def import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("LOCAL_RANK", "0")
     import deepspeed
 
+    if device.type == "cpu":  # gloo will do: the other way is compiled at the first use, on each machine
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

@@ -155,7 +155,10 @@ class Objective(ABC, Generic[C]):
         """Return the terms of this turn's loss. torch's global generators are seeded by position before the call."""
 
     def after_update(self, player: Player, networks: Networks) -> None:
-        """Do what follows an update: target networks, weight clipping, codebooks. Not called when it was skipped."""
+        """Do what follows an update: target networks, weight clipping, codebooks. Not called when it was skipped.
+
+        Weights may be changed in place, by all processes alike; networks are not called here.
+        """
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return terms of one evaluation micro-batch, without gradients; by default the loss of the first turn.

@@ -17,7 +17,7 @@ from tests.recipes.tiny import make_data, overrides
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 GATHERING = '''
-"""A causal language model that writes, after the last update, its adapter and some logits by means of its own."""
+"""A causal language model that writes, when samples are drawn, its adapter and some logits by means of its own."""
 
 import os
 
@@ -30,9 +30,7 @@ Config = causal_lm.Config
 
 
 class Objective(causal_lm.Objective):
-    def after_update(self, player, networks):
-        if player.updates < 4:
-            return
+    def sample(self, networks, request):
         found, model = {}, networks["model"]
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -49,6 +47,7 @@ class Objective(causal_lm.Objective):
             found["logits"] = model(input_ids=torch.arange(2, 18)[None]).logits
         if os.environ.get("RANK", "0") == "0":
             save_file({k: v.contiguous() for k, v in found.items()}, os.environ["GATHERED"])
+        return super().sample(networks, request)
 '''
 
 
