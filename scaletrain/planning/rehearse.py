@@ -104,9 +104,9 @@ class Rehearsal:
     """One process of a stage, built as the trainer builds it, with an engine of the environment (see `launched`).
 
     stage: its recipe may differ from the part's. cuda: for a GPU, or else for a CPU and gloo. held: bytes by kind
-    between steps. trained: bytes of the trained weights that this process holds. owned: bytes of all weights of the
-    networks that it trains. saved: what a checkpoint writes, of all processes. longest: the largest trained weight,
-    whole. Raises UserError.
+    between steps. trained: bytes of the trained weights that this process holds. turned: of the player with most of
+    them. owned: bytes of all weights of the networks that it trains. saved: what a checkpoint writes, of all processes.
+    longest: the largest trained weight, whole. Raises UserError.
     """
 
     def __init__(self, part: Part, stage: Stage, world: Imagined, cuda: bool):
@@ -134,6 +134,7 @@ class Rehearsal:
         self.held = dict(self._ledger.totals)
         self.held[OPTIMISER] += unseen
         self.trained = sum(_size(p) for player in players for p in player.trainable.values())
+        self.turned = max(sum(_size(p) for p in player.trainable.values()) for player in players)
         self.owned = sum(_size(p) for player in players for m in player.networks.values() for p in m.parameters())
         changing = [(m, spec.adapter is None) for name, m in networks.items() if not (spec := part.specs[name]).frozen]
         self.longest = max(_whole(p) for player in players for p in player.trainable.values())

@@ -127,7 +127,8 @@ def _followed(way: Way, rehearsal: Rehearsal, step: Peak | None) -> tuple[dict[s
     n, trained, owned = way.processes, rehearsal.trained, rehearsal.owned
     held = dict(rehearsal.held)
     stage = 0 if way.engine == "ddp" else int(way.engine[-1])
-    bucket = _BUCKET if way.cuda else min(_BUCKET, trained)  # on a CPU, only what is written to is there
+    turned = rehearsal.turned
+    bucket = _BUCKET if way.cuda else min(_BUCKET, turned)  # on a CPU, only what is written to is there
     beside = (0, bucket, bucket, bucket + min(_LIVE, owned))[stage]
     growing = (0.0, 1.0, 1 / n, 0.0)[stage]
     if stage:
@@ -137,8 +138,8 @@ def _followed(way: Way, rehearsal: Rehearsal, step: Peak | None) -> tuple[dict[s
     held[GRADIENTS] = (trained, 0, 0, trained // n)[stage]
     before = sum(rehearsal.held.values())
     passing = max((int(rest + growing * g) for rest, g in step.moments), default=before) - before if step else 0
-    update = (0, trained + trained // n, 2 * trained // n, 0)[stage]
-    gradients = max(held[GRADIENTS], int(growing * trained))
+    update = (0, turned + turned // n, 2 * turned // n, 0)[stage]
+    gradients = max(held[GRADIENTS], int(growing * turned))
     most = max(passing, update)
     kinds = held | {GRADIENTS: gradients, COMMUNICATION: beside}
     kinds[ACTIVATIONS] = most - (gradients - held[GRADIENTS])
