@@ -99,7 +99,8 @@ def test_pretrained_with_tied_embeddings(tmp_path: Path) -> None:
 
 def test_no_weights_are_read(data: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((data / "llama" / "config.json").read_text())
-    outline("model", NetworkSpec(type="causal_lm", path=str(tmp_path)))
+    made = outline("model", NetworkSpec(type="causal_lm", path=str(tmp_path)))
+    assert all(parameter.is_meta for parameter in made.parameters())
 
 
 def test_continued_with_the_adapter_folded_in() -> None:
