@@ -45,7 +45,7 @@ def engine_name() -> str:
     """Return what `accelerate launch` asks for by its variables. Raises UserError for what there is no engine for."""
     _check_processes()
     if _asked("ACCELERATE_USE_DEEPSPEED"):
-        from scaletrain.engine.deepspeed import ZeroSpec
+        from scaletrain.engine.zero_spec import ZeroSpec
 
         return f"zero{ZeroSpec.from_environment().stage}"
     if not _asked("ACCELERATE_USE_FSDP"):
@@ -68,7 +68,8 @@ def build_engine(world: World, precision: str) -> Engine:
     """Return the engine; a single process has nothing to shard, but it may put things off the GPU."""
     name = engine_name()
     if name.startswith("zero"):
-        from scaletrain.engine.deepspeed import Zero, ZeroSpec
+        from scaletrain.engine.deepspeed import Zero
+        from scaletrain.engine.zero_spec import ZeroSpec
 
         spec = ZeroSpec.from_environment()
         if world.size > 1 or spec.offloads:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from scaletrain.config import PlayerSpec, Stage, TrainSpec
 from scaletrain.data.loader import Layout
-from scaletrain.engine.deepspeed import Zero, ZeroSpec
+from scaletrain.engine.deepspeed import Zero
+from scaletrain.engine.zero_spec import ZeroSpec
 from scaletrain.errors import UserError
 from scaletrain.evaluation import batch_size
 from scaletrain.planning.rehearse import Imagined, Part, Peak, Rehearsal, Unknown, batch_of, launched, worst_example

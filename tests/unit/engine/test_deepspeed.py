@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from scaletrain.config import OptimizerSpec
-from scaletrain.engine import deepspeed
+from scaletrain.engine import zero_spec
 from scaletrain.engine.choice import engine_name
-from scaletrain.engine.deepspeed import Zero, ZeroSpec
+from scaletrain.engine.deepspeed import Zero
 from scaletrain.engine.world import World
+from scaletrain.engine.zero_spec import ZeroSpec
 from scaletrain.errors import UserError
 from tests.distributed.engines import ENGINES, assert_close
 from tests.launch import metrics, run, start
@@ -71,7 +72,7 @@ def test_what_is_asked_for_and_not_there(variables: dict[str, object], words: st
 
 def test_deepspeed_is_not_installed(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(deepspeed, "find_spec", lambda name: None if name == "deepspeed" else find(name))
+    monkeypatch.setattr(zero_spec, "find_spec", lambda name: None if name == "deepspeed" else find(name))
     with pytest.raises(UserError, match=r"not installed: pip install 'scaletrain\[deepspeed\]'"):
         engine_name()
 
