@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from scaletrain.checkpoint.tensors import Stored
-from scaletrain.config import NetworkSpec, PlayerSpec, Recipe
+from scaletrain.config import NetworkSpec, PlayerSpec, Recipe, SourceSpec
 from scaletrain.data.cache import content_key
 from scaletrain.data.dataset import Dataset
+from scaletrain.data.joined import Joined, short_names
 from scaletrain.data.mixture import Mixture, Shares
 from scaletrain.data.order import key_of
 from scaletrain.data.sources import Rows, joined, open_rows, split_holdout
@@ -41,20 +42,44 @@ def prepare(objective: Objective[Any], recipe: Recipe) -> Data:
     spec = recipe.data
     weighted = spec.train[0].weight is not None
     parts = [open_rows([source]) for source in spec.train] if weighted else [open_rows(spec.train)]
-    held: list[Rows] = []
+    held: dict[str, Rows] = {}
     if spec.eval is not None:
-        held = [open_rows(spec.eval)]
+        held = _open_held(spec.eval)
     elif spec.holdout:
         seed = recipe.seed if spec.seed is None else spec.seed
-        parts, held = map(list, zip(*(split_holdout(rows, spec.holdout, seed) for rows in parts), strict=True))
-    return examples_of(objective, parts, joined(held) if held else None)
+        parts, aside = map(list, zip(*(split_holdout(rows, spec.holdout, seed) for rows in parts), strict=True))
+        names = short_names([source.path for source in spec.train]) if weighted else [""]
+        held = dict(zip(names, aside, strict=True))
+    return examples_of(objective, parts, held)
 
 
-def examples_of(objective: Objective[Any], parts: Sequence[Rows], held: Rows | None) -> Data:
-    """Make examples of the training rows: of one source, or of several that are mixed. Raises UserError."""
+def prepare_held(objective: Objective[Any], sources: Sequence[SourceSpec]) -> Dataset:
+    """Make examples to evaluate a restored objective on, without the training data. Raises UserError."""
+    held = _open_held(sources)
+    rows = joined(list(held.values()))
+    objective.prepare(rows, rows)
+    return _held_examples(objective, held)
+
+
+def _open_held(sources: Sequence[SourceSpec]) -> dict[str, Rows]:
+    """Open each source, under a short name."""
+    return {name: open_rows([s]) for name, s in zip(short_names([s.path for s in sources]), sources, strict=True)}
+
+
+def _held_examples(objective: Objective[Any], held: Mapping[str, Rows]) -> Dataset:
+    """Make examples of each source, so that each is evaluated by itself, too."""
+    sets = [objective.examples(rows, False) for rows in held.values()]
+    return sets[0] if len(sets) == 1 else Joined(sets, tuple(held))
+
+
+def examples_of(objective: Objective[Any], parts: Sequence[Rows], held: Mapping[str, Rows]) -> Data:
+    """Make examples of the training rows: of one source, or of several that are mixed. Raises UserError.
+
+    held: rows to evaluate on, by the name of their source; empty for none.
+    """
     spec = objective.recipe.data
     train = joined(parts)
-    objective.prepare(train, held)
+    objective.prepare(train, joined(list(held.values())) if held else None)
     streamed = objective.windowed and train.streaming
     sets = [objective.examples(rows.sample(WINDOW) if streamed else rows, True) for rows in parts]
     shares = _shares(objective, sets) if spec.train[0].weight is not None else None
@@ -71,7 +96,7 @@ def examples_of(objective: Objective[Any], parts: Sequence[Rows], held: Rows | N
     if train.streaming:
         how = (spec.seq_len, spec.packing, spec.shuffle, spec.seed)
         facts["how its rows are read (data.seq_len, packing, shuffle or seed)"] = content_key(how)
-    return Data(found, objective.examples(held, False) if held is not None else None, facts, train.streaming)
+    return Data(found, _held_examples(objective, held) if held else None, facts, train.streaming)
 
 
 def _shares(objective: Objective[Any], sets: Sequence[Dataset]) -> Shares:

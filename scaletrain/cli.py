@@ -275,9 +275,49 @@ def sample(
 
 
 @_command
+def chat(
+    run: RunFolder,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="How answers are drawn, such as temperature=0.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system turn before the first.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of an answer.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="The recipe's by default.")] = None,
+    root: Root = Path("checkpoints"),
+    code: Code = None,
+    verbose: Verbose = False,
+) -> None:
+    """Talk with the newest verified checkpoint; each line is a turn. /system TEXT, /undo and /reset are commands.
+
+    \b
+    Examples:
+      scaletrain chat lm-lora --system 'Answer in one word.' temperature=0
+      echo 'Who wrote Faust?' | scaletrain chat lm-lora --max-new-tokens 20
+    """
+    from scaletrain.catalog import find_run
+    from scaletrain.overrides import options_of
+
+    folder, given = find_run(run, root), options_of(options or [])
+    _load_code(code)
+    from scaletrain.chat import chat as talk
+
+    talk(folder, system, seed, given | ({"max_new_tokens": max_new_tokens} if max_new_tokens else {}))
+
+
+@_command
 def evaluate(
     run: RunFolder,
-    data: Annotated[list[str] | None, typer.Option(help="Other data than the recipe's; may be repeated.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Other data than the recipe's, with the same columns; or {path: ..., columns: ...}."),
+    ] = None,
+    generate: Annotated[
+        int | None, typer.Option(min=1, metavar="ROWS", help="Compare generated answers, to so many rows of each file.")
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of EleutherAI's harness, or YAML files; by commas."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the metrics for programs.")] = False,
     root: Root = Path("checkpoints"),
     code: Code = None,
@@ -289,21 +329,28 @@ def evaluate(
     Examples:
       scaletrain evaluate text-classify
       scaletrain evaluate checkpoints/text-classify --data test.parquet --json
+      scaletrain evaluate lm-lora --data a.jsonl --data b.jsonl --generate 200
+      scaletrain evaluate lm-lora --lm-eval hellaswag,arc_easy
     """
     from scaletrain.catalog import find_run
 
     folder = find_run(run, root)
     _load_code(code)
     from scaletrain import finished
+    from scaletrain.callbacks.progress import table
 
-    metrics, report = finished.evaluate(folder, data)
+    if lm_eval and not (data or generate):
+        metrics, report = finished.evaluate_tasks(folder, lm_eval.split(",")), None
+    elif lm_eval:
+        raise UserError("--lm-eval has data of its own: leave out --data and --generate.")
+    else:
+        metrics, report = finished.evaluate(folder, data or [], generate)
     if os.environ.get("RANK", "0") != "0":
         return
     if json:
         _print_json(metrics)
         return
-    for name, value in metrics.items():
-        print(f"{name:24} {value:.6g}")
+    print(table(metrics) or "\n".join(f"{name:24} {value:.6g}" for name, value in metrics.items()))
     if report:
         print(report.text)
 

@@ -10,7 +10,6 @@ import torch
 
 from scaletrain.config import EvaluateSpec, Stage
 from scaletrain.crew import Crew, Progress
-from scaletrain.data.dataset import First
 from scaletrain.data.order import key_of
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
@@ -45,9 +44,9 @@ class Evaluator:
                 "them: give data.eval or data.holdout."
             )
         with self._at_rest() as networks:
-            few = First(held, 2 * self._world.size)
-            lockstep = self._crew.engine.lockstep
-            found = evaluate(self._crew.objective, networks, few, self._stage.recipe, self._world, lockstep=lockstep)
+            lockstep, few = self._crew.engine.lockstep, 2 * self._world.size
+            recipe, world = self._stage.recipe, self._world
+            found = evaluate(self._crew.objective, networks, held, recipe, world, lockstep=lockstep, first=few)
         for key, name in wanted.items():
             if name not in found:
                 raise UserError(f"`{key}`: there is no metric `{name}`.{did_you_mean(name, found)}")

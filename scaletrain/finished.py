@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from scaletrain.assemble import prepare
+from scaletrain.assemble import prepare, prepare_held
 from scaletrain.callbacks.pictures import write_samples
 from scaletrain.checkpoint import reader
 from scaletrain.checkpoint.layout import RECIPE
-from scaletrain.config import Recipe, Stage
+from scaletrain.config import DataSpec, Recipe, SourceSpec, Stage
+from scaletrain.data.dataset import Dataset
 from scaletrain.data.order import key_of
 from scaletrain.engine.world import World
 from scaletrain.errors import UserError, agreed
+from scaletrain.evaluation import batch_size
 from scaletrain.evaluation import evaluate as evaluate_set
+from scaletrain.explain import decode
 from scaletrain.objectives.base import Objective, Report, Request, RunView, Samples
 from scaletrain.recipe import load, objective_of, stages
 from scaletrain.shelf import Shelf
+from scaletrain.strict_yaml import parse
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,47 @@ class FinishedStage:
         stage = next(s for s in stages(recipe) if s.name == name)
         return cls(folder, stage, found, objective_of(stage.recipe))
 
+    def judging(self, rows: int) -> FinishedStage:
+        """Return the same, whose objective answers so many rows. Raises UserError for families that answer nothing."""
+        spec = self.stage.recipe.objective
+        if type(self.objective).judge is Objective.judge:
+            raise UserError(f"--generate: `{spec.type}` generates no answers; leave it out.")
+        judge = {**(spec.options.get("judge") or {}), "rows": rows}
+        changed = spec.model_validate({**spec.model_dump(), "judge": judge})
+        stage = Stage(self.stage.name, self.stage.recipe.model_copy(update={"objective": changed}))
+        return replace(self, stage=stage, objective=objective_of(stage.recipe))
+
     def restore(self) -> None:
         """Give the objective back what it found out about the data."""
         self.objective.restore({p.name: p for p in (self.checkpoint / "networks").iterdir()})
+
+    def held(self, files: Sequence[str]) -> Dataset | None:
+        """Prepare files, or else the recipe's evaluation data. Training data are read for a holdout only.
+
+        files: paths with the columns of the recipe's sources, or whole sources as YAML mappings. Raises UserError.
+        """
+        recipe = self.stage.recipe
+        if files:
+            sources: list[SourceSpec] | None = _sources(files, recipe)
+        else:
+            sources = recipe.data.eval
+        if sources is None:
+            return prepare(self.objective, recipe).eval if recipe.data.holdout else None
+        found = prepare_held(self.objective, sources)
+        self._check_fit()
+        return found
+
+    def _check_fit(self) -> None:
+        """Raise UserError where the data ask for networks that are not those of the checkpoint."""
+        stored = reader.manifest(self.checkpoint)["networks"]
+        for name, spec in self.objective.networks().items():
+            own = stored[name]["config"]
+            for key, value in spec.model_dump(mode="json")["config"].items():
+                if stored[name]["from"] is None and own.get(key, value) != value:
+                    raise UserError(
+                        f"these data do not fit the run: they make networks.{name}.config.{key} {value!r}, and it was "
+                        f"trained with {own[key]!r}."
+                    )
 
     def networks(self, device: torch.device) -> dict[str, torch.nn.Module]:
         """Load all networks, averaged where an average is kept, at rest on a device."""
@@ -55,11 +98,18 @@ class FinishedStage:
         return {n: shelf.open(self.checkpoint, n).to(device).eval().requires_grad_(False) for n in names}
 
 
+def default_device() -> torch.device:
+    """Return a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def sample(folder: Path, count: int, prompts: tuple[str, ...] = (), seed: int | None = None, **options: Any) -> Samples:
     """Draw samples from the newest checkpoint. Raises UserError for families that have nothing to draw."""
     run = FinishedStage.open(folder)
+    if prompts and not run.objective.takes_prompts:
+        raise UserError(f"--prompt: `{run.stage.recipe.objective.type}` takes no prompts; leave it out.")
     run.restore()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     key = run.stage.recipe.seed if seed is None else seed
     generator = torch.Generator(device).manual_seed(key_of(key, "samples"))
     with torch.no_grad():
@@ -71,24 +121,49 @@ def sample(folder: Path, count: int, prompts: tuple[str, ...] = (), seed: int | 
     return samples
 
 
-def evaluate(folder: Path, data: list[str] | None = None) -> tuple[dict[str, float], Report | None]:
-    """Evaluate the newest checkpoint on its evaluation data, or on other files; and judge the whole run if it ended."""
+def evaluate(
+    folder: Path, data: Sequence[str] = (), generate: int | None = None
+) -> tuple[dict[str, float], Report | None]:
+    """Evaluate the newest checkpoint on its evaluation data, or on other files; and judge the whole run if it ended.
+
+    generate: have so many rows of each source answered, and compare the answers, whatever the recipe says. Raises
+    UserError for families that answer nothing.
+    """
     run = FinishedStage.open(folder)
+    run = run if generate is None else run.judging(generate)
     recipe = run.stage.recipe
-    if data:
-        changed = recipe.data.model_dump() | {"eval": data}
-        recipe = Recipe.model_validate(recipe.model_dump(by_alias=True) | {"data": changed})
     world = World.start()
     try:
         run.restore()
-        examples = world.agree(lambda: prepare(run.objective, recipe), main_first=True)
-        if examples.eval is None:
+        held = world.agree(lambda: run.held(data), main_first=True)
+        if held is None:
             raise agreed(UserError("there is no evaluation data: give --data FILE, or data.eval in the recipe."))
         networks = run.networks(world.device)
-        metrics = evaluate_set(run.objective, networks, examples.eval, recipe, world)
+        metrics = evaluate_set(run.objective, networks, held, recipe, world)
         return metrics, None if data else world.on_main(lambda: report_on(folder, world.device))
     finally:
         world.close()
+
+
+def evaluate_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, float]:
+    """Evaluate the newest checkpoint on tasks of EleutherAI's harness. Raises UserError, also where it is missing."""
+    from scaletrain.evaluate.harness import check_installed, run_tasks
+
+    check_installed()
+    run = FinishedStage.open(folder)
+    if type(run.objective).language_model is Objective.language_model:
+        raise UserError(f"--lm-eval: `{run.stage.recipe.objective.type}` has no network that continues texts.")
+    run.restore()
+    model, tokenizer = run.objective.language_model(run.networks(default_device()))
+    return run_tasks(model, tokenizer, tasks, batch_size(run.stage.recipe))
+
+
+def _sources(files: Sequence[str], recipe: Recipe) -> list[SourceSpec]:
+    """Read what `--data` says: paths take over the columns that all sources of the recipe have in common."""
+    known = [source.columns for source in (recipe.data.eval or recipe.data.train)]
+    columns = known[0] if all(own == known[0] for own in known) else {}
+    given = [parse(file, "--data")[0] if file.startswith("{") else {"path": file, "columns": columns} for file in files]
+    return decode(DataSpec, {"train": given, "eval": given}, "--data").eval or []
 
 
 def report_on(folder: Path, device: torch.device) -> Report | None:

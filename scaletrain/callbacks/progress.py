@@ -25,6 +25,27 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def table(metrics: Mapping[str, float]) -> str:
+    """Write metrics that are given by source too, as `loss/SOURCE` beside `loss`: a line for all and for each source.
+
+    Empty where none is.
+    """
+    lines: dict[str, dict[str, str]] = {}
+    for name, value in metrics.items():
+        metric, _, source = name.partition("/")
+        if metric in metrics:
+            lines.setdefault(source or "all", {})[metric] = f"{value:.4g}"
+    if len(lines) < 2:
+        return ""
+    columns = lines["all"]
+    first = max(map(len, lines))
+    widths = {c: max(len(c), *(len(line.get(c, "")) for line in lines.values())) for c in columns}
+    rows = [("", {c: c for c in columns}), *lines.items()]
+    return "\n".join(
+        f"  {name:{first}}  " + "  ".join(f"{line.get(c, ''):>{w}}" for c, w in widths.items()) for name, line in rows
+    )
+
+
 def describe(plan: Plan) -> str:
     """Tell what was derived: the arithmetic of a stage before it starts."""
     kinds = [f"{kind} {quantity(size, 'B')}" for kind, size in plan.bytes.items() if size]
@@ -104,8 +125,10 @@ class Progress(Observer):
     def evaluated(self, step: int, record: Mapping[str, Any]) -> None:
         """Print the metrics."""
         skip = ("step", "stage_step")
-        figures = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, (int, float)) and k not in skip)
-        self.say(f"evaluation at step {step:,}: {figures}")
+        metrics = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in skip}
+        by_source = table(metrics)
+        figures = f"\n{by_source}" if by_source else " " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        self.say(f"evaluation at step {step:,}:{figures}")
 
     def noted(self, step: int, record: Mapping[str, Any]) -> None:
         """Print what happened and why."""

@@ -212,9 +212,10 @@ class Chats(Format):
             spans.append((len(asked), len(answered)))
         return spans
 
-    def prompt(self, text: str) -> list[int]:
-        """Return the tokens of a user's message, up to where the assistant answers."""
-        return self._ids([self._written([{"role": "user", "content": text}], prompt=True)])[0]
+    def prompt(self, told: str | list[dict[str, Any]]) -> list[int]:
+        """Return the tokens of a user's message, or of a conversation, up to where the assistant answers."""
+        messages = [{"role": "user", "content": told}] if isinstance(told, str) else told
+        return self._ids([self._written(messages, prompt=True)])[0]
 
 
 @final

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from scaletrain.data.dataset import Dataset, Example
+from scaletrain.data.dataset import Dataset
+from scaletrain.data.joined import Joined
 from scaletrain.data.order import Int, Lanes, Ordering, key_of, permutation
 from scaletrain.errors import UserError
 
@@ -140,18 +137,14 @@ class MixedOrder:
         return out
 
 
-class Mixture(Dataset):
-    """Several data sets, of whose examples `shares` tells the parts. An example's number counts through all of them."""
+class Mixture(Joined):
+    """Several data sets, of whose examples `shares` tells the parts."""
 
     def __init__(self, datasets: Sequence[Dataset], shares: Shares, labels: Sequence[str]):
-        self.datasets, self.shares, self.labels = list(datasets), shares, tuple(labels)
-        self._starts = [0, *accumulate(map(len, self.datasets))]
-        self.decodes = any(d.decodes for d in self.datasets)
+        super().__init__(datasets, labels)
+        self.shares = shares
         means = [d.tokens_per_example for d in self.datasets]
         self.tokens_per_example = None if None in means else float(np.dot(shares.parts[0], np.array(means, float)))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
 
     def order(self, lanes: Lanes, shuffle: int, *seed: object) -> Ordering:
         """Return the order of the mixture."""
@@ -163,37 +156,3 @@ class Mixture(Dataset):
         given = Mix(self.shares, lanes.width).expected(window * lanes.width) * lanes.count
         sizes = map(len, self.datasets)
         return {name: round(n / size, 4) for name, n, size in zip(self.labels, given.tolist(), sizes, strict=True)}
-
-    def prefetch(self, indices: Int) -> None:
-        """Tell the data sets."""
-        for number, dataset in enumerate(self.datasets):
-            dataset.prefetch(self._of(number, indices))
-
-    def held(self, indices: Int) -> Dataset:
-        """Let each data set hold its own."""
-        found = copy.copy(self)
-        found.datasets = [dataset.held(self._of(number, indices)) for number, dataset in enumerate(self.datasets)]
-        return found
-
-    def _of(self, number: int, indices: Int) -> Int:
-        """Return those that belong to one data set, as it numbers them."""
-        first, last = self._starts[number : number + 2]
-        return indices[(indices >= first) & (indices < last)] - first
-
-    def _locate(self, index: int) -> tuple[Dataset, int]:
-        number = bisect_right(self._starts, index) - 1
-        return self.datasets[number], index - self._starts[number]
-
-    def example(self, index: int, rng: np.random.Generator) -> Example:
-        """Return the example of the data set that it belongs to."""
-        dataset, own = self._locate(index)
-        return dataset.example(own, rng)
-
-    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Collate as the first does: all are of one kind."""
-        return self.datasets[0].collate(examples)
-
-    def name(self, index: int) -> str:
-        """Return the name that its data set has for it."""
-        dataset, own = self._locate(index)
-        return dataset.name(own)

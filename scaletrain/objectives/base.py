@@ -13,7 +13,7 @@ It knows no optimiser, no rank, no device and no engine. The life of one:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -105,6 +105,8 @@ class Objective(ABC, Generic[C]):
     """Which of `data.seq_len` and `data.packing` the family uses; the others are refused."""
     windowed: ClassVar[bool] = False
     """Whether an example is not simply a row, so that the rows of a stream become examples a window at a time."""
+    takes_prompts: ClassVar[bool] = False
+    """Whether `sample` heeds the prompts of a request."""
     throughput: ClassVar[str] = "samples"
     """The unit, among those of `counts` or `samples`, that the progress line gives per second."""
 
@@ -172,9 +174,40 @@ class Objective(ABC, Generic[C]):
         """Add what follows from the divided sums, such as a perplexity."""
         return metrics
 
+    def answers(self, held: Dataset) -> Dataset | None:
+        """Return, of a set to evaluate on, the examples that `judge` is called with; by default none."""
+        return None
+
+    def judge(self, networks: Networks, batch: Batch, lockstep: bool) -> dict[str, Term]:
+        """Generate answers for a batch of `answers`, without gradients; return terms per `answers`, of weight 0.
+
+        lockstep: all ranks are called as often, and must call networks as often.
+        """
+        raise NotImplementedError
+
     def sample(self, networks: Networks, request: Request) -> Samples | None:
         """Draw samples without gradients, or None for a family that has nothing to show."""
         return None
+
+    def reply(
+        self,
+        networks: Networks,
+        messages: Sequence[Mapping[str, Any]],
+        request: Request,
+        told: Callable[[str], None],
+    ) -> str:
+        """Return the answer to a conversation of {role, content}; `told` is given its text as it comes.
+
+        A family that does not talk leaves this as it is. Raises UserError for messages that cannot be written.
+        """
+        raise NotImplementedError
+
+    def language_model(self, networks: Networks) -> tuple[nn.Module, Any]:
+        """Return the network that continues texts, and its tokenizer, for tools that take them as they are.
+
+        A family without one leaves this as it is.
+        """
+        raise NotImplementedError
 
     def report(self, view: RunView) -> Report | None:
         """Judge the run as a whole after its last stage (the last stage's objective is asked), or None."""

@@ -11,13 +11,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from scaletrain.config import NetworkSpec, Recipe, Strict
+from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data import formats
 from scaletrain.data.cache import content_key
 from scaletrain.data.text import IGNORE, Blocks, LanguageDataset, Samples, Tokens, encode, tokenise
@@ -30,10 +30,10 @@ from scaletrain.data.tokenizers import (
     special_ids,
     train_tokenizer,
 )
-from scaletrain.errors import UserError, did_you_mean
+from scaletrain.errors import UserError
 from scaletrain.explain import decode
-from scaletrain.objectives import base
-from scaletrain.objectives.base import Networks, Request
+from scaletrain.objectives._generative import Generative, GenerativeConfig
+from scaletrain.objectives.base import Networks
 from scaletrain.player import Batch, Term, Turn
 
 if TYPE_CHECKING:
@@ -51,18 +51,7 @@ PROMPTS, PROMPT_TOKENS = 64, 16
 """How many prompts are taken from the data, and their length where the data has no prompts."""
 
 
-class SamplingConfig(Strict):
-    """How texts are continued."""
-
-    max_new_tokens: int | None = Field(None, ge=1)
-    """By default 64, or half of the network's positions where that is less."""
-    temperature: float = Field(0.8, ge=0)
-    """0 takes the most likely token."""
-    top_k: int | None = Field(None, ge=1)
-    top_p: float = Field(1.0, gt=0, le=1)
-
-
-class Config(Strict):
+class Config(GenerativeConfig):
     """Options of the objective."""
 
     format: formats.FormatName | None = None
@@ -70,11 +59,10 @@ class Config(Strict):
     tokenizer: TokenizerConfig = TokenizerConfig()
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread over the whole vocabulary (Szegedy et al., 2016), in training only."""
-    sampling: SamplingConfig = SamplingConfig()
 
 
 @final
-class Objective(base.Objective[Config]):
+class Objective(Generative[Config]):
     """Next-token prediction by one network, `model`."""
 
     throughput: ClassVar[str] = "tokens"
@@ -86,9 +74,7 @@ class Objective(base.Objective[Config]):
         self.spec = recipe.networks.get("model", NetworkSpec())
         if not (self.spec.path or self.spec.source or "model_type" in self.spec.config):
             raise UserError("networks.model: give the `path` of a pretrained network, or a `config` with a model_type.")
-        self.tokenizer: PreTrainedTokenizerFast | None = None
         self._format: formats.FormatName = config.format or "text"
-        self._prompts: list[list[int]] = []
         self._checked = False
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
@@ -96,6 +82,7 @@ class Objective(base.Objective[Config]):
         if self.recipe.data.seq_len is None:
             raise UserError("data.seq_len is missing: say how many tokens a sequence may have.")
         self._format = formats.detect(train, self.config.format)
+        self.check_judge()
         self.tokenizer = self.tokenizer or self._find_tokenizer(train)
         self._check_network(self.recipe.data.seq_len)
         # One of its own: a tokenizer must not be used by two threads at a time.
@@ -210,25 +197,6 @@ class Objective(base.Objective[Config]):
         )
         return {"loss": Term(total, per="targets")}
 
-    def sample(self, networks: Networks, request: Request) -> base.Samples:
-        """Continue prompts: those of the request, else some of the data, else nothing but the end of text."""
-        tokenizer = self.tokenizer
-        assert tokenizer is not None
-        options = {**self.config.sampling.model_dump(), **request.options}
-        for key in options:
-            if key not in SamplingConfig.model_fields:
-                raise UserError(
-                    f"no sampling option is called `{key}`.{did_you_mean(key, SamplingConfig.model_fields)}"
-                )
-        how = decode(SamplingConfig, options, "sampling")
-        fmt: Any = formats.language_format("completion" if self._format == "text" else self._format, tokenizer)
-        prompts = [fmt.prompt(p) for p in request.prompts] or self._prompts or [[]]
-        start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        count = max(request.count, len(request.prompts))
-        prompts = [prompts[i * len(prompts) // count] or [start] for i in range(count)]
-        ids = generate(networks["model"], prompts, how, request.generator, filler(tokenizer), tokenizer.eos_token_id)
-        return base.Samples(texts=tokenizer.batch_decode(ids, skip_special_tokens=True))
-
 
 def forward(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
     """Return logits (B, T, V). Padding is at the right, so that no mask is needed; positions isolate the samples."""
@@ -272,45 +240,6 @@ def check_attention(model: nn.Module, batch: Batch, packed: bool) -> None:
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-5 * a.abs().max())
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    prompts: Sequence[list[int]],
-    how: SamplingConfig,
-    generator: torch.Generator,
-    fill: int,
-    end: int | None,
-    batch: int = 16,
-) -> list[list[int]]:
-    """Continue prompts, a batch at a time; returns prompt and continuation of each, without what follows the end.
-
-    Drawn from `generator` alone; torch's global generators stay as they are. Prompts that leave too few positions for
-    the continuation lose their beginning.
-    """
-    from transformers import GenerationConfig
-
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    new = how.max_new_tokens or min(64, limit // 2 if limit else 64)
-    if limit and new >= limit:
-        raise UserError(f"sampling.max_new_tokens={new}: the network has {limit} positions in all.")
-    room = limit - new if limit else None
-    drawn = {"temperature": how.temperature, "top_k": how.top_k or 0, "top_p": how.top_p} if how.temperature else {}
-    settings = GenerationConfig(max_new_tokens=new, do_sample=bool(drawn), pad_token_id=fill, eos_token_id=end, **drawn)
-    device = generator.device
-    out: list[list[int]] = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=device)))
-        for first in range(0, len(prompts), batch):
-            some = [p[-room:] if room else p for p in prompts[first : first + batch]]
-            width = max(map(len, some))
-            ids = torch.tensor([[fill] * (width - len(p)) + p for p in some], device=device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=device)
-            done = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-            for prompt, row in zip(some, done[:, width:].tolist(), strict=True):
-                out.append(prompt + (row[: row.index(end)] if end in row else row))
-    return out
 
 
 def _prompts(tokens: Tokens) -> Sequence[list[int]]:

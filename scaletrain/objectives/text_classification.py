@@ -60,6 +60,7 @@ class Objective(base.Objective[Config]):
     """Cross-entropy of the class, by one network, `model`."""
 
     windowed: ClassVar[bool] = True
+    takes_prompts: ClassVar[bool] = True
     data_keys: ClassVar[frozenset[str]] = frozenset({"seq_len"})
 
     def __init__(self, config: Config, recipe: Recipe):

@@ -9,4 +9,4 @@ from scaletrain.objectives.base import Data, Objective
 
 def prepared(objective: Objective[Any], train: Rows, held: Rows | None) -> Data:
     """Make examples of one source."""
-    return examples_of(objective, [train], held)
+    return examples_of(objective, [train], {} if held is None else {"": held})
