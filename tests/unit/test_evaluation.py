@@ -148,6 +148,7 @@ def test_samples_and_conversation(
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny = ["networks.model.config.architecture=resnet18", "networks.model.config.features=8", "data.train.rows=100"]
+    tiny += ["objective.size=null"]  # then it is that of the pictures
     recipe = load("vision/cnn", [*tiny, "train.duration=1 steps", "train.global_batch=10"])
     return train(recipe, "p", tmp_path_factory.mktemp("pictures"), observers=None)
 
@@ -179,9 +180,8 @@ def test_data_that_do_not_fit_the_network(pictures: Path) -> None:
 
 
 def test_plain_text_has_no_answers(data: Path) -> None:
-    recipe = load(
-        "lm/lora", [f"data.train={data}/text.txt", f"networks.model.path={data}/llama", "data.seq_len=48", JUDGE]
-    )
+    given = [f"data.train={data}/text.txt", f"networks.model.path={data}/llama", "data.holdout=0", "data.seq_len=48"]
+    recipe = load("lm/lora", [*given, JUDGE])
     with pytest.raises(UserError, match=r"objective.judge: plain text has no answers"):
         train(recipe, "t", data, observers=None)
 
