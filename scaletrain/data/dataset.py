@@ -46,6 +46,10 @@ class Dataset(ABC):
         generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds.tolist()]
         return self.collate([self.example(i, g) for i, g in zip(indices, generators, strict=True)])
 
+    def lengths(self, indices: Int) -> Int | None:
+        """Return how long examples are, of data whose batches are padded to the longest; None where that is nothing."""
+        return None
+
     def order(self, lanes: Lanes, shuffle: int, *seed: object) -> Ordering:
         """Return the order in which examples are trained on; `shuffle` matters where they are read from chunks."""
         return Order(len(self), *seed)

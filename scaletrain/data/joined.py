@@ -27,6 +27,17 @@ class Joined(Dataset):
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def lengths(self, indices: Int) -> Int | None:
+        """Return those that the data sets tell, where all do."""
+        found = np.empty(len(indices), np.int64)
+        for number, dataset in enumerate(self.datasets):
+            own = dataset.lengths(self._of(number, indices))
+            if own is None:
+                return None
+            first, last = self._starts[number : number + 2]
+            found[(indices >= first) & (indices < last)] = own
+        return found
+
     def prefetch(self, indices: Int) -> None:
         """Tell the data sets."""
         for number, dataset in enumerate(self.datasets):

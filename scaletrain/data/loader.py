@@ -1,8 +1,9 @@
 """From positions to batches: each process makes its own micro-batches of each global batch, ahead of time.
 
 A window is one global batch: `global_batch` consecutive positions of the order, cut into micro-batches that are
-numbered 0, 1, ... Micro-batch m goes to rank m % world. So what a micro-batch holds, and all that is random in it,
-depends on neither the number of processes nor on where a run was resumed.
+numbered 0, 1, ... Micro-batch m goes to rank m % world. Where batches are padded, the examples of a window are put in
+the order of their lengths first: its gradient is the same, its padding less. So what a micro-batch holds, and all that
+is random in it, depends on neither the number of processes nor on where a run was resumed.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ class _Micros(TorchDataset[Micro | Failure]):
         self.dataset, self.layout, self.lanes = dataset, layout, layout.lanes
         self.order, self.key = dataset.order(layout.lanes, shuffle, *seed), key_of(*seed, "samples")
         self._spans: dict[int, _Span] = {}
+        self._ragged = not self.order.ahead and dataset.lengths(np.arange(1)) is not None and layout.lanes.count > 1
+        self._cut: tuple[int, Int, Int] | None = None
 
     def __getitem__(self, place: tuple[int, int]) -> Micro | Failure:
         window, number = place
@@ -137,14 +140,31 @@ class _Micros(TorchDataset[Micro | Failure]):
         first = window * self.layout.global_batch + number * width
         positions = np.arange(first, first + width)
         try:
-            if not self.order.ahead:
-                examples, dataset = self.order(positions), self.dataset
-            else:
+            if self.order.ahead:
                 examples, dataset = self._streamed(number, window * width)
+            elif self._ragged:
+                positions, examples = (a[number * width :][:width] for a in self._by_length(window))
+                dataset = self.dataset
+            else:
+                examples, dataset = self.order(positions), self.dataset
             indices = tuple(examples.tolist())
             return Micro(window, number, indices, dataset.batch(indices, seeds(positions, self.key)))
         except UserError as error:
             return Failure(str(error))
+
+    def _by_length(self, window: int) -> tuple[Int, Int]:
+        """Return the positions of a window and the examples there, the longest first: memory is short at once, or not.
+
+        Each example keeps its position, and with it all that is random in it.
+        """
+        if self._cut is None or self._cut[0] != window:
+            positions = np.arange(window * self.layout.global_batch, (window + 1) * self.layout.global_batch)
+            examples = self.order(positions)
+            lengths = self.dataset.lengths(examples)
+            assert lengths is not None
+            by_length = np.argsort(-lengths, kind="stable")
+            self._cut = window, positions[by_length], examples[by_length]
+        return self._cut[1:]
 
     def _streamed(self, lane: int, place: int) -> tuple[Int, Dataset]:
         """Return the examples of a micro-batch; now and then, tell the data set which come next, and much later."""
@@ -295,14 +315,17 @@ REPEATED = -1
 
 
 def passes(dataset: Dataset, batch: int, world: int = 1, rank: int = 0, even: bool = False) -> Iterator[Micro]:
-    """Yield this rank's share of one pass in order, for evaluation: each example once, the last batch short.
+    """Yield this rank's share of one pass, for evaluation: each example once, the last batch short.
 
+    They come in order or, where batches are padded, the longest first.
     Augmentation draws from a generator of the example's number: the same at every evaluation. even: ranks that have a
     batch less than others get the first one again, with REPEATED for its window.
     """
-    batches = -(-len(dataset) // batch)
+    batches, every = -(-len(dataset) // batch), np.arange(len(dataset))
+    lengths = dataset.lengths(every)
+    every = every if lengths is None else np.argsort(-lengths, kind="stable")
     for number in range(rank, -(-batches // world) * world if even else batches, world):
         first = number * batch if number < batches else 0
-        examples = np.arange(first, min(first + batch, len(dataset)))
+        examples = every[first : first + batch]
         tensors = dataset.batch(examples.tolist(), seeds(examples, key_of("evaluate")))
         yield Micro(0 if number < batches else REPEATED, number, tuple(examples.tolist()), tensors)

@@ -217,6 +217,10 @@ class Samples(LanguageDataset):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
+    def lengths(self, indices: Ints) -> Ints | None:
+        """Return the positions of rows; packs are all about as long."""
+        return None if self.packed else self._places[self._order[indices]]
+
     def _members(self, index: int) -> Ints:
         """Return the rows of example `index`."""
         return self._order[self._starts[index] : self._starts[index + 1]]
@@ -286,6 +290,10 @@ class LabelledTexts(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def lengths(self, indices: Ints) -> Ints:
+        """Return the tokens of texts."""
+        return self.tokens.offsets[indices + 1] - self.tokens.offsets[indices]
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """Return text `index`."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from scaletrain.data.dataset import Dataset, Example, TensorDataset
+from scaletrain.data.joined import Joined
 from scaletrain.data.loader import Failure, Layout, Micro, Windows, passes
 from scaletrain.errors import UserError
 
@@ -56,6 +57,34 @@ def test_an_epoch_holds_each_sample_once() -> None:
     samples = [number for window in read(2, 6, 37) for number, _ in window]
     for epoch in range(24):
         assert sorted(samples[epoch * 37 : (epoch + 1) * 37]) == list(range(37))
+
+
+class Ragged(Noisy):
+    """With lengths that have nothing to do with the numbers."""
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        return indices * 7 % 5
+
+
+def test_examples_of_a_window_are_cut_by_their_lengths() -> None:
+    """The window holds the same examples with the same noise; each micro-batch, on any rank, those of like lengths."""
+    for dataset, world in ((Ragged(37), 1), (Ragged(37), 3), (Joined([Ragged(20), Ragged(17)], ["a", "b"]), 3)):
+        plain = Noisy(37) if isinstance(dataset, Ragged) else Joined([Noisy(20), Noisy(17)], ["a", "b"])
+        whole = Windows(plain, Layout(24, 24), (0, "s"), 2)
+        ranks = [Windows(dataset, Layout(24, 4, world, rank), (0, "s"), 2) for rank in range(world)]
+        for _ in range(3):
+            (expected,) = next(whole)
+            cut = sorted((micro for rank in ranks for micro in next(rank)), key=lambda micro: micro.number)
+            assert [micro.number for micro in cut] == list(range(6))
+            lengths = [int(dataset.lengths(np.array([i]))[0]) for micro in cut for i in micro.examples]
+            assert lengths == sorted(lengths, reverse=True)
+            drawn = {i: x for m in cut for i, x in zip(m.examples, m.tensors["noise"].tolist(), strict=True)}
+            assert drawn == dict(zip(expected.examples, expected.tensors["noise"].tolist(), strict=True))
+
+
+def test_a_pass_takes_the_longest_first() -> None:
+    found = [i for micro in passes(Ragged(7), 2) for i in micro.examples]
+    assert found == [2, 4, 1, 6, 3, 0, 5]  # of lengths 4 3 2 2 1 0 0
 
 
 def test_a_row_that_cannot_be_read_is_told() -> None:
