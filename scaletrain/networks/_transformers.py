@@ -183,6 +183,9 @@ def read_weights(
         _add_tokens(module, tokens)
         log.info("%s new tokens: their embeddings are the mean of those of `%s`", f"{len(tokens):,}", path)
     if reading.quantize:
+        from scaletrain.networks.quantised import settle
+
+        settle(module)
         log.info("weights of linear modules are held in %s", reading.quantize.type)
     return module
 

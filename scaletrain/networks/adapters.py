@@ -62,7 +62,7 @@ def add_adapter(
         assert original is not None
         before = original()
         for name, layer in _layers(adapted):
-            _begin_with_loss(layer, before.get_parameter(f"{name}.weight"))
+            _begin_with_loss(layer, before.get_submodule(name))
     return adapted
 
 
@@ -242,12 +242,13 @@ def _starts(adapted: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _begin_with_loss(layer: Any, weight: Tensor) -> None:
+def _begin_with_loss(layer: Any, original: Any) -> None:
     """Have an adapter begin with the main part of what quantisation took from a weight (LoftQ, equation 7)."""
     from peft.utils.integrations import dequantize_module_weight
 
     if "default" not in layer.lora_A:
         raise UserError(f"adapter.type: loftq is for linear modules, not a {type(layer.get_base_layer()).__name__}.")
+    weight = original.weight if isinstance(original, nn.Linear) else original.weight.T  # GPT-2's Conv1D
     lost = weight.float() - dequantize_module_weight(layer.get_base_layer()).float()
     u, s, v = torch.linalg.svd(lost, full_matrices=False)
     rank, root = layer.r["default"], s.sqrt()

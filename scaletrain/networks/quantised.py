@@ -37,6 +37,10 @@ def check(spec: NetworkSpec, key: str) -> None:
         raise UserError(f"{key}.adapter.merge: adapters cannot be folded into weights in {kind}: leave `quantize` out.")
     if spec.adapter is not None and spec.adapter.type in ("pissa", "olora"):
         raise UserError(f"{key}.adapter.type: {spec.adapter.type} changes weights, which are quantised: take loftq.")
+    if spec.adapter is not None and spec.adapter.type == "dora" and kind == "int8":
+        raise UserError(
+            f"{key}.adapter.type: dora needs the norms of weights, which peft cannot take of int8: take nf4."
+        )
     if spec.dtype != "float32":
         raise UserError(f"{key}.dtype: what is not quantised is float32; say {key}.quantize.compute=bfloat16 instead.")
     if spec.shard:
@@ -59,6 +63,18 @@ def settings_of(spec: QuantizeSpec, module: nn.Module) -> Any:
         bnb_4bit_compute_dtype=getattr(torch, spec.compute or "float32"),
         llm_int8_skip_modules=_kept(spec, module),
     )
+
+
+def settle(module: nn.Module) -> None:
+    """Have bitsandbytes leave 4-bit weights as they are.
+
+    On CPUs that know bf16 it would change them at the first evaluation, to a form that no gradient goes through.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for part in module.modules():
+        if isinstance(part, Linear4bit):
+            part.support_avx512bf16_for_cpu = False
 
 
 def _no_cast(record: logging.LogRecord) -> bool:
@@ -92,11 +108,15 @@ def dequantised(module: nn.Module) -> nn.Module:
     """Give a network, in place, plain linear modules with the weights that its quantised ones stand for, in fp32."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft.utils.integrations import dequantize_module_weight
+    from transformers.pytorch_utils import Conv1D
 
     for name, part in list(module.named_modules()):
         if isinstance(part, (Linear4bit, Linear8bitLt)):
-            plain = nn.Linear(part.in_features, part.out_features, part.bias is not None, device="meta")
-            plain.weight = nn.Parameter(dequantize_module_weight(part).detach().float(), requires_grad=False)
+            weight = dequantize_module_weight(part).detach().float()
+            with torch.device("meta"):
+                turned = getattr(part, "source_cls", nn.Linear) is Conv1D
+                plain: Any = (Conv1D if turned else nn.Linear)(*(weight.shape if turned else reversed(weight.shape)))
+            plain.weight = nn.Parameter((weight.T if turned else weight).contiguous(), requires_grad=False)
             plain.bias = part.bias
             module.set_submodule(name, plain)
     return module
