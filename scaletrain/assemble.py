@@ -25,6 +25,7 @@ from scaletrain.engine.precision import build_scaler
 from scaletrain.engine.statistics import statistics
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import decode
+from scaletrain.networks import quantised
 from scaletrain.networks.build import build, network_module
 from scaletrain.networks.unread import unread
 from scaletrain.objectives.base import Data, Objective
@@ -115,6 +116,7 @@ def check_names(recipe: Recipe, turns: tuple[Turn, ...], specs: Mapping[str, Net
         if spec.type is None:
             raise UserError(f"networks.{name}.type is missing: say which network it is.")
         decode(network_module(spec.type, f"networks.{name}").Config, spec.config, f"networks.{name}.config")
+        quantised.check(spec, f"networks.{name}")
     for name in recipe.networks:
         if name not in specs:
             raise UserError(f"networks.{name}: this family has no such network.{did_you_mean(name, specs)}")
@@ -130,6 +132,9 @@ def check_names(recipe: Recipe, turns: tuple[Turn, ...], specs: Mapping[str, Net
             spec = specs[network]
             if spec.shard is not None and not spec.frozen:
                 raise UserError(f"networks.{network}.shard is for frozen networks: what is trained is held in parts.")
+            if spec.trainable is not None and (spec.frozen or spec.adapter is not None):
+                why = "it is frozen" if spec.frozen else "its adapter says what is trained"
+                raise UserError(f"networks.{network}.trainable: {why}; leave `trainable` or that out.")
             if spec.dtype != "float32" and not spec.frozen and spec.adapter is None:
                 raise UserError(
                     f"networks.{network}.dtype: what is trained is kept in float32; set train.precision=bf16 instead."
@@ -145,6 +150,8 @@ def build_networks(
     """
     networks, weights = {}, {}
     for name, spec in specs.items():
+        if reason := engine.cannot_hold(spec):
+            raise UserError(f"networks.{name}: {reason}")
         torch.manual_seed(key_of(*seed, "weights", name))
         saved = checkpoint / "networks" / name if checkpoint else None
         saved = saved if saved and saved.is_dir() else None  # frozen networks are not saved
@@ -164,7 +171,9 @@ def build_networks(
 def in_parts(specs: Mapping[str, NetworkSpec], networks: Mapping[str, nn.Module]) -> list[str]:
     """Return the networks to hold in parts, where an engine does: what is trained, and frozen ones that are large."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in networks.items()}
-    large = {n: sizes[n] >= _LARGE if spec.shard is None else spec.shard for n, spec in specs.items()}
+    large = {
+        n: sizes[n] >= _LARGE and not spec.quantize if spec.shard is None else spec.shard for n, spec in specs.items()
+    }
     return [name for name, spec in specs.items() if large[name] or not spec.frozen]
 
 

@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 
@@ -114,17 +115,83 @@ class ObjectiveSpec(Open):
     type: str
 
 
-class AdapterSpec(Strict):
-    """A low-rank adapter over a frozen network, by peft (Hu et al., 2021, LoRA: W + alpha/r · B A)."""
+_LORA = ("r", "alpha", "dropout", "targets", "train_also")
+_ADAPTER_OPTIONS = {
+    "lora": _LORA, "rslora": _LORA, "dora": _LORA, "pissa": (*_LORA, "niter"), "olora": _LORA, "loftq": _LORA,
+    "vera": ("r", "dropout", "d_initial", "targets", "train_also"), "ia3": ("targets", "feedforward", "train_also"),
+    "prompt": ("virtual_tokens",),
+}  # fmt: skip
+"""What each type of adapter has, beside `merge`."""
 
-    type: Literal["lora", "rslora", "dora"] = "lora"
-    r: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: str | list[str] = "all-linear"
-    """`all-linear`, a regular expression, or a list of module name endings."""
+
+class AdapterSpec(Strict):
+    """What is trained over a frozen network, by peft; each type has its own options (see `networks/adapters.py`).
+
+    lora, rslora, dora: W + s · B A, B = 0 at first. pissa, olora: the same, of the weight's own main part. loftq: of
+    what quantisation took from it. vera: vectors around fixed random matrices. ia3: factors. prompt: virtual tokens.
+    """
+
+    type: Literal["lora", "rslora", "dora", "pissa", "olora", "loftq", "vera", "ia3", "prompt"] = "lora"
+    r: int | None = Field(None, ge=1)
+    """The rank: by default 16, of vera 256."""
+    alpha: float | None = Field(None, gt=0)
+    """s = alpha / r, of rslora alpha / sqrt(r); by default 32."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    targets: str | list[str] | None = None
+    """`all-linear`, a regular expression, or a list of module name endings. By default all linear modules; of ia3 those
+    of its paper."""
     train_also: list[str] = []
     """Names of modules that are trained whole, such as a classification head."""
+    niter: int | None = Field(None, ge=1)
+    """pissa: power iterations of a fast SVD that is not exact; by default the exact one."""
+    d_initial: float | None = Field(None, gt=0)
+    """vera: what the trained vector d begins with, by default 0.1."""
+    feedforward: list[str] | None = None
+    """ia3: those of the targets whose inputs are scaled, not their outputs."""
+    virtual_tokens: int | None = Field(None, ge=1)
+    """prompt: how many are put before the text, by default 16."""
+    path: str | None = None
+    """Go on with the adapter in this folder, of peft's layout, in place of a new one."""
+    merge: list[str] = []
+    """Folders of adapters that are folded into the weights before, in this order."""
+
+    @model_validator(mode="after")
+    def _own_options(self) -> AdapterSpec:
+        own = ("path",) if self.path else _ADAPTER_OPTIONS[self.type]
+        for name, field in type(self).model_fields.items():
+            if name in ("type", "path", "merge", *own) or getattr(self, name) == field.get_default():
+                continue
+            who = "the adapter in `path` has its own" if self.path else f"{self.type} has no"
+            raise ValueError(f"{who} `{name}`: leave it out (`{name}: null`)")
+        if self.path and self.type != "lora":
+            raise ValueError("the folder in `path` says of which type its adapter is: leave `type` out")
+        return self
+
+
+class QuantizeSpec(Strict):
+    """Weights of linear modules in 4 or 8 bits, by bitsandbytes, of a network that stays as it is.
+
+    nf4, fp4: Dettmers et al., 2023, QLoRA: 64 weights share a scale. int8: Dettmers et al., 2022, LLM.int8(): those of
+    an output do. What is not quantised is float32.
+    """
+
+    type: Literal["nf4", "fp4", "int8"]
+    double: bool = False
+    """nf4, fp4: quantise the scales, too: 0.4 bits less for a weight."""
+    compute: Literal["float32", "bfloat16", "float16"] | None = None
+    """nf4, fp4: what products are computed in, by default float32. (int8 computes products of integers.)"""
+    skip: list[str] = []
+    """Names of modules that stay as they are, beside the output head and what a task puts on top."""
+
+    @model_validator(mode="after")
+    def _own_options(self) -> QuantizeSpec:
+        if self.type == "int8" and (self.double or self.compute):
+            raise ValueError(f"int8 has no `{'double' if self.double else 'compute'}`: leave it out")
+        return self
+
+
+def _quantize(value: object) -> object:
+    return {"type": value} if isinstance(value, str) else value
 
 
 class NetworkSpec(Strict):
@@ -133,6 +200,7 @@ class NetworkSpec(Strict):
     path: a local folder or a Hub id with pretrained weights. config: options of the architecture, checked by the
     module of `type`.
     frozen: it is not trained. adapter: train this instead of the weights. dtype: of frozen weights.
+    quantize: how frozen weights, or those under an adapter, are held; `nf4` stands for `{type: nf4}`.
     from: weights of another network, `stage:NAME/NETWORK` of this run or `run:FOLDER/NETWORK` of another.
     """
 
@@ -144,10 +212,45 @@ class NetworkSpec(Strict):
     adapter: AdapterSpec | None = None
     frozen: bool = False
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Annotated[QuantizeSpec | None, BeforeValidator(_quantize)] = None
+    trainable: str | list[str] | None = None
+    """Train only the parameters in whose name this regular expression, or one of these, is found."""
+    trust_remote_code: bool = False
+    """Run the code that comes with the weights. It may do anything: read it first."""
     shard: bool | None = None
     """Of a frozen network under FSDP2 and ZeRO-3: hold it in parts too, and gather a block when it computes; by default
     from 1e9 weights on."""
     source: str | None = Field(None, alias="from", pattern=r"^(stage:[^/]+/[^/]+|run:.+/[^/]+)$")
+
+
+class GroupSpec(Strict):
+    """Figures of an optimiser for some of its parameters: those in whose name, `network/parameter`, `match` is found.
+
+    LoRA+ (Hayou et al., 2024) is `{match: lora_B, lr_factor: 16}`.
+    """
+
+    match: str
+    lr: float | None = Field(None, gt=0)
+    lr_factor: float | None = Field(None, gt=0)
+    """The rate as a multiple of the optimiser's, in place of `lr`."""
+    weight_decay: float | None = Field(None, ge=0)
+
+    @field_validator("match")
+    @classmethod
+    def _expression(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"`{value}` is no regular expression: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _something(self) -> GroupSpec:
+        if self.lr and self.lr_factor:
+            raise ValueError("give `lr` or `lr_factor`, not both")
+        if self.lr is None and self.lr_factor is None and self.weight_decay is None:
+            raise ValueError("give `lr`, `lr_factor` or `weight_decay`")
+        return self
 
 
 class OptimizerSpec(Strict):
@@ -160,6 +263,8 @@ class OptimizerSpec(Strict):
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     """Not applied to biases, norms and other vectors."""
+    groups: list[GroupSpec] = []
+    """Parameters with figures of their own: each belongs to the first group that matches it, or to none."""
     betas: Annotated[tuple[float, float], Field(strict=False)] | None = None
     eps: float | None = Field(None, gt=0)
     momentum: float | None = Field(None, ge=0, lt=1)

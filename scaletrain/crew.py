@@ -14,6 +14,7 @@ from scaletrain.data.loader import Layout
 from scaletrain.data.stream import Stream
 from scaletrain.engine.base import Engine
 from scaletrain.objectives.base import Data, Objective
+from scaletrain.parameters import in_an_element
 from scaletrain.player import Player
 
 
@@ -82,7 +83,7 @@ def plan(
         first_step=progress.first_step,
         steps=steps,
         at=progress.step,
-        parameters=sum(size(p) for network in networks for p in network.parameters()),
+        parameters=sum(size(p) * in_an_element(p) for network in networks for p in network.parameters()),
         trainable=sum(size(p) for p in trainable),
         micro_batch=layout.micro_batch,
         accumulate=layout.accumulate,

@@ -14,7 +14,7 @@ from scaletrain.checkpoint.layout import RECIPE
 from scaletrain.config import NetworkSpec
 from scaletrain.errors import UserError
 from scaletrain.finished import FinishedStage
-from scaletrain.networks.build import build, save
+from scaletrain.networks.build import base_of, build, own_base, save
 from scaletrain.shelf import Shelf
 
 
@@ -39,8 +39,11 @@ def export_run(folder: Path, destination: Path) -> list[Path]:
             save(module, spec, unproved)
             run.objective.save_assets(name, unproved)
             base = shelf.base(spec) if spec.adapter else None
+            origin = shelf.spec(spec.source) if spec.source else spec
+            if own_base(name, spec):
+                base = base_of(name, spec)
             if base is not None and not hasattr(base, "peft_config"):
-                written.append(_export_base(base, shelf.spec(str(spec.source)), unproved, destination / f"{name}-base"))
+                written.append(_export_base(base, origin, unproved, destination / f"{name}-base"))
             _compare(name, module, build(name, spec, base, unproved))
         except BaseException:
             shutil.rmtree(unproved, ignore_errors=True)

@@ -22,3 +22,8 @@ def replace_parameters(module: nn.Module, make: Callable[[nn.Parameter], nn.Para
 def to_device(module: nn.Module, device: torch.device) -> None:
     """Move what is not on the meta device."""
     module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+
+
+def in_an_element(parameter: torch.Tensor) -> int:
+    """Return how many weights an element of a parameter holds: those of 4 bits are two to a byte."""
+    return 2 if parameter.dtype == torch.uint8 else 1

@@ -124,6 +124,8 @@ def json_schema() -> dict[str, Any]:
         schema["$defs"]["DataSpec"]["properties"][role] = {
             "anyOf": [*source["anyOf"], {"type": "array", "items": source}]
         }
+    network = schema["$defs"]["NetworkSpec"]["properties"]
+    network["quantize"]["anyOf"].append(schema["$defs"]["QuantizeSpec"]["properties"]["type"])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "scaletrain recipe"}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from scaletrain.checkpoint.tensors import Stored
+from scaletrain.config import NetworkSpec
 from scaletrain.engine.world import World
 from scaletrain.player import Outcome, Player
 
@@ -75,6 +76,15 @@ class Engine(ABC):
 
     def refuses(self, optimizer: str) -> str | None:
         """Return why optimisers of a type cannot be stepped, or None when they can."""
+        return None
+
+    def cannot_hold(self, spec: NetworkSpec) -> str | None:
+        """Return why a network cannot be held, or None when it can."""
+        if self.lockstep and spec.quantize and not spec.frozen:
+            return (
+                f"{self.name} holds what is trained in parts, and weights in {spec.quantize.type} have none: launch "
+                "with MULTI_GPU, where each process holds them whole, or leave `quantize` out."
+            )
         return None
 
     def shape(self, parameter: torch.Tensor) -> torch.Size:

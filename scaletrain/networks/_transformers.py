@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import model_validator
+from pydantic import PrivateAttr, model_validator
 from torch import nn
 
-from scaletrain.config import Open
+from scaletrain.config import NetworkSpec, Open, QuantizeSpec
 from scaletrain.errors import UserError, did_you_mean
 
 log = logging.getLogger("scaletrain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a pretrained network is read. trusted: the code that comes with it may be run."""
+
+    quantize: QuantizeSpec | None = None
+    trusted: bool = False
 
 
 class TransformersConfig(Open):
@@ -25,6 +33,20 @@ class TransformersConfig(Open):
     """
 
     model_type: str | None = None
+    _reading: Reading = PrivateAttr(default_factory=lambda: Reading())
+
+    def read_as(self, spec: NetworkSpec) -> TransformersConfig:
+        """Take from a network's spec how weights are read; returns this."""
+        quantize = spec.quantize
+        if quantize and spec.adapter:  # what is trained whole is not quantised
+            quantize = quantize.model_copy(update={"skip": [*quantize.skip, *spec.adapter.train_also]})
+        self._reading = Reading(quantize, spec.trust_remote_code)
+        return self
+
+    @property
+    def reading(self) -> Reading:
+        """How weights are read."""
+        return self._reading
 
     @property
     def options(self) -> dict[str, Any]:
@@ -81,7 +103,7 @@ def read_config(path: str, config: TransformersConfig) -> Any:
 
     require_model(path)
     try:
-        found = AutoConfig.from_pretrained(path)
+        found = AutoConfig.from_pretrained(path, trust_remote_code=config.reading.trusted)
         check_settings(config.options, type(found))
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(path, error) from error
@@ -126,14 +148,24 @@ def read_weights(
     """Read a pretrained network.
 
     auto: the Auto class. new_head: whether weights outside the base network may be missing (then they are drawn from
-    torch's generator, and that is said). Raises UserError, also when the folder holds another kind of network.
+    torch's generator, and that is said). A `vocab_size` that is larger than the network's gives it new tokens, whose
+    embeddings are the mean of the others. Raises UserError, also when the folder holds another kind of network.
     """
-    settings = read_config(path, config)
+    reading, settings = config.reading, read_config(path, config)
     attention = config.options.get("attn_implementation", "sdpa")
+    tokens = new_tokens(path, config)
+    if tokens:
+        settings.get_text_config().vocab_size = tokens.start
+    how: dict[str, Any] = {}
+    if reading.quantize:
+        from scaletrain.networks.quantised import settings_of
+
+        with torch.device("meta"):
+            how["quantization_config"] = settings_of(reading.quantize, _empty(auto, path, config, dtype))
     try:
         module, loaded = auto.from_pretrained(
-            path, config=settings, dtype=dtype, attn_implementation=attention,
-            ignore_mismatched_sizes=new_head, output_loading_info=True,
+            path, config=settings, dtype=dtype, attn_implementation=attention, trust_remote_code=reading.trusted,
+            ignore_mismatched_sizes=new_head, output_loading_info=True, **how,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _unreadable(path, error) from error
@@ -147,19 +179,65 @@ def read_weights(
         )
     if missing:
         log.info("new weights, since `%s` has none that fit: %s", path, ", ".join(missing))
+    if tokens:
+        _add_tokens(module, tokens)
+        log.info("%s new tokens: their embeddings are the mean of those of `%s`", f"{len(tokens):,}", path)
+    if reading.quantize:
+        from scaletrain.networks.quantised import settle
+
+        settle(module)
+        log.info("weights of linear modules are held in %s", reading.quantize.type)
     return module
+
+
+def new_tokens(path: str, config: TransformersConfig) -> range:
+    """Return the rows that embeddings of a pretrained network get by `config.vocab_size`. Raises UserError."""
+    wanted = config.options.get("vocab_size")
+    if wanted is None:
+        return range(0)
+    plain = type(config)(model_type=config.model_type)
+    plain._reading = config.reading
+    has = read_config(path, plain).get_text_config().vocab_size
+    if wanted < has:
+        raise UserError(f"config.vocab_size is {wanted:,}, and `{path}` has {has:,} tokens: none can be taken away.")
+    return range(has, wanted)
+
+
+@torch.no_grad()
+def _add_tokens(module: Any, tokens: range) -> None:
+    """Give a network rows for new tokens, each the mean of the old ones; exactly as many as are asked for."""
+    module.resize_token_embeddings(tokens.stop, mean_resizing=False)
+    ends = [module.get_input_embeddings(), module.get_output_embeddings()]
+    matrices = {id(t): t for end in ends if end is not None for t in (end.weight, getattr(end, "bias", None))}
+    for values in matrices.values():
+        if values is not None:
+            values[tokens.start :] = values[: tokens.start].float().mean(0).to(values.dtype)
 
 
 def outline(auto: type[Any], path: str, config: TransformersConfig, dtype: torch.dtype) -> nn.Module:
     """Build a pretrained network as `read_weights` does, without its weights. Raises UserError."""
-    settings = read_config(path, config)
+    module = _empty(auto, path, config, dtype)
+    if config.reading.quantize:
+        from scaletrain.networks.quantised import pack
+
+        pack(module, config.reading.quantize)
+    return module
+
+
+def _empty(auto: type[Any], path: str, config: TransformersConfig, dtype: torch.dtype) -> nn.Module:
+    settings, trusted = read_config(path, config), config.reading.trusted
     attention = config.options.get("attn_implementation", "sdpa")
-    module: nn.Module = auto.from_config(settings, dtype=dtype, attn_implementation=attention)
+    module: nn.Module = auto.from_config(
+        settings, dtype=dtype, attn_implementation=attention, trust_remote_code=trusted
+    )
     return module
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
-        return UserError(f"`{path}` needs code of its own (trust_remote_code), which scaletrain does not run.")
+        return UserError(
+            f"`{path}` needs code of its own, which may do anything. Read it, and if you trust it set "
+            "`trust_remote_code: true` for this network, beside its `path`."
+        )
     return UserError(f"`{path}` cannot be read: {reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
@@ -17,11 +18,12 @@ from torch import nn
 from scaletrain.config import NetworkSpec
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import decode
+from scaletrain.networks._transformers import TransformersConfig, new_tokens
 
 
 def network_module(type_: str, key: str) -> ModuleType:
     """Import the module that a network's `type` names. Raises UserError with the known types."""
-    known = {p.stem for p in Path(__file__).parent.glob("[!_]*.py")} - {"build", "adapters", "unread"}
+    known = {p.stem for p in Path(__file__).parent.glob("[!_]*.py")} - {"build", "adapters", "quantised", "unread"}
     if type_ not in known:
         raise UserError(f"{key}.type: no network is called `{type_}`.{did_you_mean(type_, known)}")
     return importlib.import_module(f"scaletrain.networks.{type_}")
@@ -35,16 +37,55 @@ def build(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Pa
     """
     if spec.adapter is None:
         module = _merged(base) if base is not None and saved is None else _whole(name, spec, saved)
+        if spec.trainable is not None:
+            train_only(module, spec.trainable, f"networks.{name}.trainable")
     elif base is not None and hasattr(base, "peft_config"):
         module = base  # goes on training the adapter that is there
         if saved:
-            module.load_adapter(str(saved), "default", is_trainable=True)  # type: ignore[operator]
+            adapters().read_adapter(module, saved)
     else:
-        whole = _whole(name, spec, None) if base is None else base
-        module = adapters().load_adapter(whole, saved) if saved else adapters().add_adapter(whole, spec.adapter)
+        if base is not None and spec.adapter.merge:
+            raise UserError(f"networks.{name}.adapter.merge is for a network that comes from `path`.")
+        whole = base_of(name, spec) if base is None else base
+        if saved:
+            module = adapters().load_adapter(whole, saved, spec.adapter)
+        else:
+            plain = spec.model_copy(update={"quantize": None})
+            tokens = _new_tokens(name, spec) if base is None else range(0)
+            module = adapters().add_adapter(whole, spec.adapter, tokens, lambda: base_of(name, plain))
     if spec.frozen:
         module.requires_grad_(False)
     return module
+
+
+def base_of(name: str, spec: NetworkSpec) -> nn.Module:
+    """Build the network that an adapter goes over, with the adapters folded in that it names. Raises UserError."""
+    module = _whole(name, spec, None)
+    for folder in spec.adapter.merge if spec.adapter else ():
+        module = adapters().merge_adapter(module, Path(folder))
+    return module
+
+
+def own_base(name: str, spec: NetworkSpec) -> bool:
+    """Whether an adapter's base is not what its `path` holds, so that it must be exported with it."""
+    return spec.adapter is not None and (bool(spec.adapter.merge) or bool(_new_tokens(name, spec)))
+
+
+def train_only(module: nn.Module, expressions: str | list[str], key: str) -> None:
+    """Have only parameters require gradients in whose name a regular expression is found. Raises UserError."""
+    words = [expressions] if isinstance(expressions, str) else expressions
+    names = [name for name, _ in module.named_parameters()]
+    for word in words:
+        try:
+            found = any(re.search(word, name) for name in names)
+        except re.error as error:
+            raise UserError(f"{key}: `{word}` is no regular expression: {error}.") from error
+        if not found:
+            ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in names)
+            there = ", ".join(f"`{end}`" for end in ends)
+            raise UserError(f"{key}: `{word}` is in no parameter's name. There are {there}.")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(any(re.search(word, name) for word in words))
 
 
 def outline(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Path | None = None) -> nn.Module:
@@ -60,7 +101,10 @@ def outline(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: 
         else:
             module = _whole(name, spec, None if spec.adapter else saved, empty=True)
         if spec.adapter is not None and not hasattr(module, "peft_config"):
-            module = adapters().add_adapter(module, spec.adapter)
+            tokens = _new_tokens(name, spec) if base is None else range(0)
+            module = adapters().add_adapter(module, spec.adapter, tokens)
+    if spec.adapter is None and spec.trainable is not None:
+        train_only(module, spec.trainable, f"networks.{name}.trainable")
     if spec.frozen:
         module.requires_grad_(False)
     return module
@@ -102,16 +146,33 @@ def _whole(name: str, spec: NetworkSpec, folder: Path | None, empty: bool = Fals
     if spec.type is None:
         raise UserError(f"{key}.type is missing: say which network it is.")
     factory = network_module(spec.type, key)
-    config = decode(factory.Config, spec.config, f"{key}.config")
+    config = _config(factory, name, spec)
     dtype: torch.dtype = getattr(torch, spec.dtype)
     path = str(folder) if folder else spec.path
     if path is not None and hasattr(factory, "load"):
         loaded: nn.Module = (factory.outline if empty else factory.load)(path, config, dtype)
         return loaded
+    if spec.quantize is not None:
+        raise UserError(f"{key}.quantize is for networks of transformers, which {spec.type} is not: leave it out.")
     module: nn.Module = factory.build(config).to(dtype)
     if path is not None and not empty:
         read_weights(module, Path(path), key)
     return module
+
+
+def _config(factory: ModuleType, name: str, spec: NetworkSpec) -> Any:
+    """Decode a network's `config`. Raises UserError."""
+    config = decode(factory.Config, spec.config, f"networks.{name}.config")
+    if isinstance(config, TransformersConfig):
+        config.read_as(spec)
+    return config
+
+
+def _new_tokens(name: str, spec: NetworkSpec) -> range:
+    """Return the rows that a pretrained network's embeddings get beside those in its files."""
+    if spec.path is None or "vocab_size" not in spec.config:
+        return range(0)
+    return new_tokens(spec.path, _config(network_module(str(spec.type), f"networks.{name}"), name, spec))
 
 
 def read_weights(module: nn.Module, folder: Path, key: str) -> None:
@@ -138,6 +199,9 @@ def save(module: nn.Module, spec: NetworkSpec, folder: Path, state: Mapping[str,
         # The libraries ask the network for its weights and its class: have a stand-in answer with these.
         still: nn.Module = object.__new__(_kind(module))
         still.__dict__.update(module.__dict__)
+        if hasattr(module, "peft_config"):
+            adapters().save_adapter(still, held, folder)
+            return
         still.state_dict = lambda *args, **kwargs: dict(held)  # type: ignore[assignment]
         still.save_pretrained(folder)  # type: ignore[operator]
         return

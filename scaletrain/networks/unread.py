@@ -32,8 +32,8 @@ def unread(name: str, spec: NetworkSpec, saved: Path | None = None) -> Unread | 
     from torch's generator as `build` draws them. Raises UserError.
     """
     folder = saved if saved and not spec.adapter else Path(spec.path) if spec.path else None
-    plain = spec.adapter is None or spec.adapter.type != "dora"  # which looks at the weights when it is made
-    if spec.source is not None or folder is None or not folder.is_dir() or not plain:
+    plain = spec.adapter is None or _blind(spec.adapter)
+    if spec.source is not None or folder is None or not folder.is_dir() or not plain or spec.quantize:
         return None
     module = outline(name, spec.model_copy(update={"adapter": None}), None, None if spec.adapter else saved)
     if spec.adapter:
@@ -50,6 +50,8 @@ def unread(name: str, spec: NetworkSpec, saved: Path | None = None) -> Unread | 
                 return None
             weights[key] = entry
     for key, buffer in module.named_buffers():
+        if ".vera_" in f".{key}":
+            continue  # fixed, and read with the adapter
         entry = files.get(_key_in_file(key))
         if entry is not None and entry.shape == buffer.shape:
             buffer.copy_(entry.whole())
@@ -67,6 +69,11 @@ def unread(name: str, spec: NetworkSpec, saved: Path | None = None) -> Unread | 
     return Unread(module, weights)
 
 
+def _blind(spec: AdapterSpec) -> bool:
+    """Whether an adapter is made without a look at the weights."""
+    return spec.type in ("lora", "rslora", "vera", "ia3") and not spec.path and not spec.merge
+
+
 def _key_in_file(key: str) -> str:
     """Return the name under which a base network's file has a weight that an adapter has been put over."""
     for part in ("base_layer.", "original_module.", _WHOLE):
@@ -81,7 +88,8 @@ def _with_adapter(module: nn.Module, spec: AdapterSpec) -> nn.Module:
     """
     one = torch.zeros(())
     replace_parameters(module, lambda p: nn.Parameter(one.to(p.dtype).expand(p.shape), p.requires_grad))
+    base = {id(p) for p in module.parameters()}
     module = adapters().add_adapter(module, spec)
-    new = {id(p) for name, p in module.named_parameters() if ".lora_" in name}
+    new = {id(p) for name, p in module.named_parameters() if id(p) not in base and _WHOLE not in name}
     replace_parameters(module, lambda p: p if id(p) in new else nn.Parameter(p.to("meta"), p.requires_grad))
     return module

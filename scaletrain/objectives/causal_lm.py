@@ -129,7 +129,7 @@ class Objective(Generative[Config]):
         assert tokenizer is not None
         if spec.source:
             return  # its weights fit its configuration, and its tokenizer came with it
-        config = decode(causal_lm.Config, spec.config, "networks.model.config")
+        config = decode(causal_lm.Config, spec.config, "networks.model.config").read_as(spec)
         settings = (
             causal_lm.read_config(spec.path, config) if spec.path else causal_lm.new_config(config)
         ).get_text_config()

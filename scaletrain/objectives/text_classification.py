@@ -121,7 +121,7 @@ class Objective(base.Objective[Config]):
             if not self.spec.path:
                 self._settings = special_ids(self.tokenizer)
             spec = self.networks()["model"]
-            config = decode(text_classifier.Config, spec.config, "networks.model.config")
+            config = decode(text_classifier.Config, spec.config, "networks.model.config").read_as(spec)
             settings: Any = (
                 text_classifier.read_config(spec.path, config) if spec.path else text_classifier.new_config(config)
             )

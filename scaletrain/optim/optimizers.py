@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,15 +25,15 @@ def build_optimizer(
     key: str = "optimizer",
     shape: Callable[[nn.Parameter], torch.Size] = Tensor.size,
 ) -> Optimizer:
-    """Build the optimiser of a player over its parameters, in the order of `named`.
+    """Build the optimiser of a player over its parameters, in the order of `named`; those in none of its groups first.
 
-    Parameters with fewer than two dimensions (biases, norms, scalars) are in a group without weight decay. Decay
+    Parameters with fewer than two dimensions (biases, norms, scalars) are in groups without weight decay. Decay
     is decoupled from the gradient in adamw, adafactor, lion and muon, and an L2 term of the gradient in the others.
     `optimizer.state[parameter]` is a flat dict of tensors and numbers for every type.
 
     networks: the modules that hold the parameters, unwrapped; muon leaves their embeddings and output heads to AdamW.
     key: the dotted key of `spec`, for messages. shape: of a parameter that may be held in parts. Raises UserError for a
-    figure that the type does not take.
+    figure that the type does not take, or a group that matches no parameter.
     """
     check_optimizer(spec, key)
     options = _options(spec)
@@ -40,7 +41,7 @@ def build_optimizer(
         if spec.type == "muon":
             return _muon(spec, named, networks, key)
         cls = _class(spec.type, key)
-        groups = _groups(named.values(), spec.weight_decay, shape)
+        groups = _groups(spec, named, key, shape)
         return cls(groups, lr=spec.lr, **options, **_fused(cls, named.values()))
     except ValueError as error:
         raise UserError(f"`{key}`: {error}") from error
@@ -169,14 +170,41 @@ def _options(spec: OptimizerSpec) -> dict[str, Any]:
 
 
 def _groups(
-    params: Iterable[nn.Parameter], weight_decay: float, shape: Callable[[nn.Parameter], torch.Size] = Tensor.size
+    spec: OptimizerSpec,
+    named: Mapping[str, nn.Parameter],
+    key: str,
+    shape: Callable[[nn.Parameter], torch.Size] = Tensor.size,
+    only: Callable[[nn.Parameter], bool] = lambda parameter: True,
 ) -> Groups:
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for p in params:
-        (matrices if len(shape(p)) >= 2 else vectors).append(p)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """Return groups of the parameters that `only` says yes to. Raises UserError for one of the spec's with none."""
+    found: list[list[nn.Parameter]] = [[] for _ in range(len(spec.groups) + 1)]
+    for name, parameter in named.items():
+        matches = (number for number, group in enumerate(spec.groups, 1) if re.search(group.match, name))
+        found[next(matches, 0)].append(parameter)
+    for number, group in enumerate(spec.groups):
+        if not found[number + 1]:
+            taken = any(re.search(group.match, name) for name in named)
+            why = "all that it matches is in groups before it" if taken else f"there are {_endings(named)}"
+            raise UserError(f"`{key}.groups.{number}.match`: `{group.match}` has no parameter that is trained: {why}.")
+    groups: Groups = []
+    for group, parameters in zip((None, *spec.groups), found, strict=True):
+        figures: dict[str, Any] = {}
+        decay = spec.weight_decay
+        if group is not None:
+            figures = {"lr": group.lr or spec.lr * (group.lr_factor or 1.0)}
+            decay = decay if group.weight_decay is None else group.weight_decay
+        own = [p for p in parameters if only(p)]
+        matrices = [p for p in own if len(shape(p)) >= 2]
+        vectors = [p for p in own if len(shape(p)) < 2]
+        groups.append({"params": matrices, **figures, "weight_decay": decay})
+        groups.append({"params": vectors, **figures, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
+
+
+def _endings(named: Iterable[str]) -> str:
+    """Return the last two parts of names, each once, for a message."""
+    ends = dict.fromkeys(".".join(name.replace("/", ".").split(".")[-2:]) for name in named)
+    return ", ".join(f"`{end}`" for end in ends)
 
 
 def _fused(cls: Callable[..., Optimizer], params: Iterable[nn.Parameter]) -> dict[str, Any]:
@@ -201,17 +229,18 @@ def _muon(spec: OptimizerSpec, named: Mapping[str, nn.Parameter], networks: Iter
         head = getattr(network, "get_output_embeddings", lambda: None)()
         if head is not None:
             ends.add(id(head.weight))
-    hidden = [p for p in named.values() if p.ndim == 2 and id(p) not in ends]
-    if not hidden:
+
+    def hidden(parameter: nn.Parameter) -> bool:
+        return parameter.ndim == 2 and id(parameter) not in ends
+
+    matrices = _groups(spec, named, key, only=hidden)
+    if not matrices:
         raise UserError(f"`{key}.type`: muon is for matrices and this player trains none; use adamw.")
     options = _options(spec)
     own = {name: options[name] for name in ("momentum", "nesterov") if name in options}
-    parts: list[Optimizer] = [
-        Muon(hidden, lr=spec.lr, weight_decay=spec.weight_decay, adjust_lr_fn="match_rms_adamw", **own)
-    ]
-    chosen = {id(p) for p in hidden}
-    rest = [p for p in named.values() if id(p) not in chosen]
+    parts: list[Optimizer] = [Muon(matrices, lr=spec.lr, adjust_lr_fn="match_rms_adamw", **own)]
+    rest = _groups(spec, named, key, only=lambda parameter: not hidden(parameter))
     if rest:
         adam = {name: options[name] for name in ("betas", "eps") if name in options}
-        parts.append(AdamW(_groups(rest, spec.weight_decay), lr=spec.lr, **adam, **_fused(AdamW, rest)))
+        parts.append(AdamW(rest, lr=spec.lr, **adam, **_fused(AdamW, [p for g in rest for p in g["params"]])))
     return Composite(parts)

@@ -75,6 +75,9 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             "networks.model.config.num_attention_heads=2",
         ],
         "lm/lora": [f"data.train={folder}/prompts.jsonl", f"networks.model.path={folder}/llama", "data.seq_len=48"],
+        "lm/full": [f"data.train={folder}/prompts.jsonl", f"networks.model.path={folder}/llama", "data.seq_len=48"],
+        "lm/qlora": [f"data.train={folder}/prompts.jsonl", f"networks.model.path={folder}/llama", "data.seq_len=48"],
+        "text/transfer": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
         "text/classify": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [
@@ -93,4 +96,6 @@ def overrides(recipe: str, folder: Path) -> list[str]:
     short = [f"train.duration={STEPS} steps", "train.global_batch=8", "train.micro_batch=2"]
     sparse = ["evaluate.samples=2", "evaluate.batch=64", "evaluate.every=15 steps"]
     always = ["log.every=1", "checkpoint.every=4 steps"]
+    if recipe == "text/transfer":
+        short.append("stages.all.train.duration=10 steps")
     return [*(own[recipe] if recipe == "quickstart" else [*short, *sparse, *own[recipe]]), *always]
