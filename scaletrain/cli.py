@@ -136,19 +136,36 @@ def cp(name: Name, file: Annotated[Path, typer.Argument(metavar="FILE", help="Wh
 
 
 @_command
-def validate(name: Name, overrides: Overrides = None, code: Code = None, verbose: Verbose = False) -> None:
+def validate(
+    name: Name,
+    overrides: Overrides = None,
+    data: Annotated[int, typer.Option(min=0, metavar="N", help="Print so many rows, and what is learned of them.")] = 0,
+    code: Code = None,
+    verbose: Verbose = False,
+) -> None:
     """Check a recipe and its data: all that can be known before a device is touched.
+
+    Where the family can tell, it says what is learned of the data: lengths, what is cut, duplicates, padding.
 
     \b
     Examples:
       scaletrain validate mine.yaml
+      scaletrain validate mine.yaml --data 3
       scaletrain validate lm/lora networks.model.path=models/llama data.train=chats.jsonl
     """
     recipe = _load(name, overrides, code)
     from scaletrain.recipe import stages
     from scaletrain.runs import validate as check
 
-    found = check(recipe)
+    found, inspections = check(recipe)
+    for label, inspection in inspections:
+        for line in (*inspection.lines, *inspection.more):
+            print(f"{label}: {line}")
+        if data and inspection.rows:
+            _print_rows(inspection.rows(data))
+    for _, inspection in inspections:
+        if inspection.wrong:
+            raise UserError("\n".join(inspection.wrong))
     parts = ", ".join(stage.name for stage in stages(recipe))
     print(f"{name} is valid: {found}")
     if recipe.stages:
@@ -437,6 +454,20 @@ def _load_code(code: Path | None) -> None:
         from scaletrain.recipe import load_code
 
         load_code(code)
+
+
+def _print_rows(rows: list[tuple[str, list[tuple[str, bool]]]]) -> None:
+    """Print rows with what is learned of them in colour; between ⟦ and ⟧ where there is no terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for name, pieces in rows:
+        line = Text(f"\n{name}\n", "bold")
+        for text, learned in pieces:
+            plain = learned and not console.is_terminal
+            line.append(f"⟦{text}⟧" if plain else text, "bold green" if learned else "dim")
+        console.print(line)
 
 
 def _print_json(value: Any) -> None:

@@ -29,6 +29,7 @@ from scaletrain.checkpoint.remote import Remote
 from scaletrain.checkpoint.writer import set_aside, write
 from scaletrain.config import NetworkSpec, Recipe, Stage
 from scaletrain.crew import Progress
+from scaletrain.data.contract import Inspection
 from scaletrain.data.loader import Layout
 from scaletrain.data.stream import Stream
 from scaletrain.engine.choice import build_engine, check_launch, engine_name
@@ -37,6 +38,7 @@ from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError
 from scaletrain.finished import report_on
 from scaletrain.guard import Rollback
+from scaletrain.inspection import inspected, say
 from scaletrain.objectives.base import Data, Objective
 from scaletrain.position import steps_of
 from scaletrain.recipe import check, load, objective_of, resolved_yaml, stages
@@ -83,11 +85,11 @@ def train(
         world.close()
 
 
-def validate(recipe: Recipe) -> str:
+def validate(recipe: Recipe) -> tuple[str, list[tuple[str, Inspection]]]:
     """Check all that can be known before a device is touched: keys, data, batches, and what the networks are told.
 
     Data of later stages may need what earlier ones leave behind, so only the first stage's are read. Returns how long
-    that is, and how many examples it has. Raises UserError.
+    that is, and how many examples it has; and what the family says of each source of them. Raises UserError.
     """
     check(recipe)
     parts = stages(recipe)
@@ -106,7 +108,8 @@ def validate(recipe: Recipe) -> str:
     )
     kind = "rows of a stream" if isinstance(data.train, Stream) else "examples"
     held = len(data.eval) if data.eval else 0
-    return f"{steps:,} steps, {len(data.train):,} {kind} to train on, {held:,} to evaluate on"
+    text = f"{steps:,} steps, {len(data.train):,} {kind} to train on, {held:,} to evaluate on"
+    return text, list(inspected(objective, data))
 
 
 def foresee(
@@ -298,6 +301,8 @@ class _Run:
         if saved:
             progress = Progress(**reader.state(saved)["progress"])
             self._check_facts(progress, data, stage)
+        elif not skipped:
+            self.world.on_main(lambda: say(objective, data))
         progress.skipped = sorted({*progress.skipped, *skipped})
         engine = build_engine(self.world, stage.recipe.train.precision)
         networks, weights = self.world.agree(

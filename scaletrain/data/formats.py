@@ -2,25 +2,31 @@
 
 text        one document a row: every token is learned, and the end of text after it
 completion  `prompt`, `completion`: the completion and the end of text are learned
-chat        `messages`, a list of {role, content}: what the assistant says is learned, up to the end of its turn
+chats       conversations in one of the formats of `chats`: what the assistant says is learned (see `turns`)
 pair        `text` and perhaps `text_pair`, for classification: of two, the mark says of which (0 or 1) a token is
 
 Special tokens are added once: a beginning that the text or the chat template brings itself is not put before it again,
 nor an end after it. Prompt and completion are tokenised apart, so that the prompt has the very tokens that it has when
-the model is asked later.
+the model is asked later. An answer that is empty is not learned.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
+import numpy as np
+import numpy.typing as npt
+
+from scaletrain.data.chats import READERS, Conversation, text
 from scaletrain.data.tokenizers import end_of_text, ensure_chat_template, leading, pieces
+from scaletrain.data.turns import Learn, Template
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,19 +36,39 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("scaletrain")
 
-FormatName = Literal["text", "completion", "chat"]
+FormatName = Literal["text", "completion", "chat", "conversations", "alpaca", "chat_completion"]
 ROLES: dict[FormatName, tuple[str, ...]] = {
     "text": ("text",),
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
+    "conversations": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "chat_completion": ("prompt", "completion"),
 }
+"""The columns that a format needs."""
+OPTIONAL: dict[FormatName, tuple[str, ...]] = {
+    "chat": ("tools",),
+    "conversations": ("system", "tools"),
+    "alpaca": ("input", "system", "history"),
+    "chat_completion": ("tools",),
+}
+"""The columns that it reads where they are there."""
+LEARN: dict[FormatName, tuple[Learn, ...]] = {
+    "text": ("all",),
+    "completion": ("completion", "all"),
+    "chat": ("assistant", "last", "all"),
+    "conversations": ("assistant", "last", "all"),
+    "alpaca": ("assistant", "last", "all"),
+    "chat_completion": ("completion", "assistant", "last", "all"),
+}
+"""What can be learned of a format, the default first."""
 
 
 class Encoded(NamedTuple):
     """Tokens of some rows, and a mark of 0 or 1 for each token; `marks` None stands for all 1."""
 
-    ids: list[list[int]]
-    marks: list[list[int]] | None
+    ids: Sequence[Sequence[int]]
+    marks: Sequence[Sequence[int] | npt.NDArray[np.uint8]] | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +89,14 @@ class Format(ABC):
         Raises UserError that names the row.
         """
 
+    def official(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> list[list[int]] | None:
+        """Return the tokens that another, accepted way makes of rows; None where there is none."""
+        return None
+
+    def unanswered(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> str:
+        """Say why nothing is learned of a row."""
+        return "it is empty"
+
     @property
     def options(self) -> tuple[object, ...]:
         """What distinguishes this format beside the tokenizer, for the name of its cache."""
@@ -70,51 +104,74 @@ class Format(ABC):
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """Tokenise without special tokens of the tokenizer's own."""
-        if not texts:
-            return []
-        ids: list[list[int]] = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
-        return ids
+        done = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in done]
 
 
 def detect(rows: Rows, wanted: FormatName | None) -> FormatName:
-    """Return the format that the columns of the rows tell, and say it. Raises UserError when they tell none, or two."""
+    """Return the format that the columns of the rows tell. Raises UserError when they tell none, or two."""
     if wanted:
         for role in ROLES[wanted]:
             rows.require(role, f"needed by objective.format={wanted}")
         return wanted
     found = [name for name, roles in ROLES.items() if set(roles) <= set(rows.columns)]
+    if "completion" in found:  # texts, or lists of messages
+        prompt = rows.take(["prompt"], np.array([0]))["prompt"][0]
+        found.remove("completion" if isinstance(prompt, (list, tuple)) else "chat_completion")
     if len(found) == 1:
-        log.info("data format: %s (%s)", found[0], ", ".join(ROLES[found[0]]))
         return found[0]
     listed = ", ".join(f"`{c}`" for c in rows.columns)
     if found:
         raise UserError(f"the columns {listed} fit {' and '.join(found)}: say which is meant by objective.format.")
+    needed = dict.fromkeys(" and ".join(f"`{role}`" for role in roles) for roles in ROLES.values())
     raise UserError(
-        f"the columns {listed} fit no format: `text`, or `prompt` and `completion`, or `messages` are needed. "
+        f"the columns {listed} fit no format: {', or '.join(needed)} are needed. "
         "Name yours by `columns: {text: COLUMN}` of the source."
     )
 
 
 def texts(rows: Rows, name: FormatName) -> Iterator[str]:
     """Return the text of every row, to train a tokenizer on. Raises UserError that names the row."""
+    if name in READERS:
+        read = columns(rows, name)
+        for i, values in enumerate(zip(*(rows.column(c) for c in read), strict=True)):
+            chat = READERS[name](dict(zip(read, values, strict=True)), rows.name(i))
+            yield from (message["content"] for message in chat.messages)
+        return
     for role in ROLES[name]:
         for i, value in enumerate(rows.column(rows.require(role, "the text"))):
-            if name == "chat":
-                yield from (message["content"] for message in _messages(value, rows.name(i)))
-            else:
-                yield _text(value, role, rows.name(i))
+            yield text(value, role, rows.name(i))
 
 
-def language_format(name: FormatName, tokenizer: PreTrainedTokenizerFast) -> Format:
-    """Return the format of a causal language model's data."""
+def language_format(
+    name: FormatName,
+    tokenizer: PreTrainedTokenizerFast,
+    learn: Learn | None = None,
+    template_options: Mapping[str, Any] | None = None,
+    rows: Rows | None = None,
+) -> Format:
+    """Return the format of a causal language model's data.
+
+    learn: the format's own by default. rows: those to read, which may have more columns than are needed. Raises
+    UserError when the format has no such part to learn.
+    """
+    learn = learn or LEARN[name][0]
+    if learn not in LEARN[name]:
+        raise UserError(
+            f"objective.learn={learn}: data of the format {name} have no such part; {' or '.join(LEARN[name])} can be "
+            "learned of them."
+        )
     if name == "text":
         return Documents(tokenizer)
     if name == "completion":
-        return Completions(tokenizer)
+        return Completions(tokenizer, learn)
     ensure_chat_template(tokenizer)
-    return Chats(tokenizer)
+    return Chats(tokenizer, learn, name, columns(rows, name) if rows else ROLES[name], template_options or {})
+
+
+def columns(rows: Rows, name: FormatName) -> tuple[str, ...]:
+    """Return the columns of a format that the rows have."""
+    return (*ROLES[name], *(c for c in OPTIONAL.get(name, ()) if c in rows.columns))
 
 
 @final
@@ -128,7 +185,7 @@ class Documents(Format):
 
     def encode(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> Encoded:
         """Tokenise, with the end of text after each document."""
-        texts = [list(pieces(_text(t, "text", n))) for t, n in zip(values[0], names, strict=True)]
+        texts = [list(pieces(text(t, "text", n))) for t, n in zip(values[0], names, strict=True)]
         parts = iter(self._ids(list(chain.from_iterable(texts))))
         before, end = leading(self.tokenizer), end_of_text(self.tokenizer)
         ids = [list(chain.from_iterable(next(parts) for _ in split)) for split in texts]
@@ -136,28 +193,42 @@ class Documents(Format):
 
 
 @final
+@dataclass(frozen=True)
 class Completions(Format):
-    """A prompt and its completion."""
+    """A prompt and its completion, of which `learn` is learned: the completion, or all."""
+
+    learn: Learn = "completion"
 
     @property
     def columns(self) -> tuple[str, ...]:
         """`prompt` and `completion`."""
         return ROLES["completion"]
 
+    @property
+    def options(self) -> tuple[object, ...]:
+        """With what is learned."""
+        return (*super().options, self.learn)
+
     def encode(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> Encoded:
-        """Tokenise; the completion and the end of text are marked."""
+        """Tokenise; what is learned, and the end of text, are marked."""
         prompts, completions = (
-            self._ids([_text(t, column, n) for t, n in zip(texts, names, strict=True)])
+            self._ids([text(t, column, n) for t, n in zip(texts, names, strict=True)])
             for column, texts in zip(self.columns, values, strict=True)
         )
         before, end = leading(self.tokenizer), end_of_text(self.tokenizer)
         ids, marks = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
             whole = _framed(prompt + completion, before, end)
-            told = len(prompt) + (len(before) if prompt[: len(before)] != before else 0)
             ids.append(whole)
-            marks.append([0] * told + [1] * (len(whole) - told))
+            told = len(prompt) + (len(before) if prompt[: len(before)] != before else 0)
+            mark = np.zeros(len(whole), np.uint8)
+            mark[0 if self.learn == "all" else told :] = completion not in ([], [end])
+            marks.append(mark)
         return Encoded(ids, marks)
+
+    def unanswered(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> str:
+        """Say that the completion is missing."""
+        return "the completion is empty"
 
     def prompt(self, text: str) -> list[int]:
         """Return the tokens of a prompt alone."""
@@ -165,57 +236,65 @@ class Completions(Format):
 
 
 @final
+@dataclass(frozen=True)
 class Chats(Format):
-    """A conversation, written out by the tokenizer's chat template."""
+    """A conversation, written out by the tokenizer's chat template. source: the format of the rows."""
+
+    learn: Learn = "assistant"
+    source: FormatName = "chat"
+    columns: tuple[str, ...] = ROLES["chat"]
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """`messages`."""
-        return ROLES["chat"]
+    def options(self) -> tuple[object, ...]:
+        """With all that is given to the template beside the tokenizer's own."""
+        return (
+            *super().options,
+            self.source,
+            self.learn,
+            json.dumps(self.template_options, sort_keys=True, ensure_ascii=False),
+        )
+
+    @cached_property
+    def template(self) -> Template:
+        """The tokenizer's chat template."""
+        return Template(self.tokenizer, self.template_options)
+
+    def chats(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> list[Conversation]:
+        """Read rows. Raises UserError that names the row."""
+        read = READERS[self.source]
+        rows = zip(*values, strict=True)
+        return [read(dict(zip(self.columns, row, strict=True)), n) for row, n in zip(rows, names, strict=True)]
 
     def encode(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> Encoded:
-        """Tokenise; what the assistant says is marked, by the template's own marks where it has them."""
-        chats = [_messages(m, n) for m, n in zip(values[0], names, strict=True)]
-        template: str = self.tokenizer.get_chat_template()
-        if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-            done: Any = self.tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
-            return Encoded(done["input_ids"], done["assistant_masks"])
-        texts = [self._told(c, n) for c, n in zip(chats, names, strict=True)]
-        done = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        """Tokenise; what is learned is marked."""
+        chats = self.chats(values, names)
+        told = [self.template.told(c, self.learn, n) for c, n in zip(chats, names, strict=True)]
+        done = self.tokenizer.backend_tokenizer.encode_batch([t for t, _ in told], add_special_tokens=False)
         marks = []
-        for chat, text, offsets, name in zip(chats, texts, done["offset_mapping"], names, strict=True):
-            spans = self._assistant_spans(chat, text, name)
-            marks.append([int(any(a <= start < b for a, b in spans)) for start, _ in offsets])
-        return Encoded(done["input_ids"], marks)
+        for encoding, (_, spans) in zip(done, told, strict=True):
+            mark = np.zeros(len(encoding.ids), np.uint8)
+            if spans:
+                starts = np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 0]
+                for first, last in np.searchsorted(starts, spans).tolist():
+                    mark[first:last] = 1
+            marks.append(mark)
+        return Encoded([encoding.ids for encoding in done], marks)
 
-    def _told(self, messages: list[dict[str, Any]], name: str) -> str:
-        try:
-            return self._written(messages)
-        except Exception as error:  # templates raise what they like
-            raise UserError(f"{name}: the chat template refuses these messages: {error}") from error
+    def official(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> list[list[int]]:
+        """Return what the tokenizer itself makes of the rows' messages."""
+        return [self.template.ids(chat) for chat in self.chats(values, names)]
 
-    def _written(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-
-    def _assistant_spans(self, chat: list[dict[str, Any]], text: str, name: str) -> list[tuple[int, int]]:
-        """Return where the assistant speaks: between the text that asks for its turn and the text that ends with it."""
-        spans = []
-        for i, message in enumerate(chat):
-            if message["role"] != "assistant":
-                continue
-            asked, answered = self._written(chat[:i], prompt=True), self._written(chat[: i + 1])
-            if not (text.startswith(answered) and answered.startswith(asked)):
-                raise UserError(
-                    f"{name}: the chat template writes the turns before message {i + 1} otherwise when more follow, so "
-                    "that what the assistant says cannot be told apart. Put {% generation %} marks into the template."
-                )
-            spans.append((len(asked), len(answered)))
-        return spans
+    def unanswered(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> str:
+        """Say whether there is no turn to learn, or nothing in it."""
+        messages = self.chats(values, names)[0].messages
+        silent = all(message["role"] != "assistant" for message in messages)
+        return "there is no turn of the assistant" if silent else "what the assistant says is empty"
 
     def prompt(self, told: str | list[dict[str, Any]]) -> list[int]:
         """Return the tokens of a user's message, or of a conversation, up to where the assistant answers."""
         messages = [{"role": "user", "content": told}] if isinstance(told, str) else told
-        return self._ids([self._written(messages, prompt=True)])[0]
+        return self._ids([self.template.write(messages, prompt=True)])[0]
 
 
 @final
@@ -239,7 +318,7 @@ class Pairs(Format):
     def encode(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> Encoded:
         """Tokenise; of two texts, the mark is the token's type."""
         texts = [
-            [_text(t, column, n) for t, n in zip(column_values, names, strict=True)]
+            [text(t, column, n) for t, n in zip(column_values, names, strict=True)]
             for column, column_values in zip(self.columns, values, strict=True)
         ]
         done = self.tokenizer(*texts, truncation=True, max_length=self.max_length, return_token_type_ids=self.paired)
@@ -254,26 +333,3 @@ def _begun(ids: list[int], before: list[int]) -> list[int]:
 def _framed(ids: list[int], before: list[int], end: int) -> list[int]:
     ids = _begun(ids, before)
     return ids if ids and ids[-1] == end else [*ids, end]
-
-
-def _text(value: Any, column: str, name: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{name}: `{column}` must be a text, not {_kind(value)}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name}: `{column}` has half of a surrogate pair at character {error.start}.") from None
-    return value
-
-
-def _messages(value: Any, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, (list, tuple)) or not value:
-        raise UserError(f"{name}: `messages` must be a list of {{role, content}}, not {_kind(value)}.")
-    for i, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f"{name}: message {i} must have a `role` and a `content` that are texts.")
-    return list(value)
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else "an empty list" if value == [] else type(value).__name__

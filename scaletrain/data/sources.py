@@ -249,6 +249,25 @@ class Rows:
             raise IndexError(f"row numbers {chosen.min()} to {chosen.max()} of {len(self)} rows")
         return Rows(self._tables, self._roles, chosen if self._indices is None else self._indices[chosen])
 
+    def alike(self) -> list[Rows]:
+        """Split into runs of rows that have the same columns, in order."""
+        names = [frozenset(self._names(t)) for t in range(len(self._tables))]
+        kinds = list(dict.fromkeys(names))
+        if len(kinds) == 1:
+            return [self]
+        numbers = np.arange(len(self)) if self._indices is None else self._indices
+        table = np.searchsorted(self._starts, numbers, "right") - 1
+        kind = np.array([kinds.index(n) for n in names])[table]
+        found = []
+        for run in np.split(np.arange(len(self)), np.flatnonzero(np.diff(kind)) + 1):
+            own = np.flatnonzero([n == names[table[run[0]]] for n in names])
+            starts = np.concatenate([[0], np.cumsum([len(self._tables[t]) for t in own])])
+            place = np.searchsorted(own, table[run])
+            inside = numbers[run] - np.array(self._starts)[table[run]]
+            tables, roles = ([held[t] for t in own.tolist()] for held in (self._tables, self._roles))
+            found.append(Rows(tables, roles, starts[place] + inside))
+        return found
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the content, the roles and the chosen rows; not of paths or dates.

@@ -12,8 +12,7 @@ import json
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from scaletrain.data import formats, tokenizers
+from scaletrain.data import chats, formats, tokenizers, turns
 from scaletrain.data.cache import cached, content_key
 from scaletrain.data.dataset import Dataset, Example
 from scaletrain.data.packing import Packs, best_fit_decreasing, positions
@@ -59,14 +58,14 @@ class Tokens(NamedTuple):
         return np.diff(self.offsets)
 
 
-def tokenise(rows: Rows, fmt: formats.Format) -> Tokens:
-    """Tokenise every row, once for the same content, tokenizer, format and code; processes share the result.
+def tokenise(rows: Rows, *fmts: formats.Format) -> Tokens:
+    """Tokenise every row, once for the same content, tokenizer, formats and code; processes share the result.
 
-    Raises UserError that names the row.
+    fmts: one, or one for each of `rows.alike()`. Raises UserError that names the row.
     """
-    code = [inspect.getsource(module) for module in (formats, tokenizers)]
-    key = content_key(rows.fingerprint, tokenizers.identity(fmt.tokenizer), fmt.options, code)
-    folder = cached("tokens", key, partial(_write, rows, fmt))
+    code = [inspect.getsource(module) for module in (chats, formats, tokenizers, turns)]
+    key = content_key(rows.fingerprint, tokenizers.identity(fmts[0].tokenizer), [fmt.options for fmt in fmts], code)
+    folder = cached("tokens", key, partial(_write, rows, fmts))
     meta = json.loads((folder / "tokens.json").read_text())
 
     def mapped(name: str, dtype: str) -> npt.NDArray[Any]:
@@ -77,33 +76,48 @@ def tokenise(rows: Rows, fmt: formats.Format) -> Tokens:
     return Tokens(mapped("ids.bin", meta["dtype"]), marks, np.load(folder / "offsets.npy"))
 
 
-def encode(rows: Rows, fmt: formats.Format) -> Tokens:
+def encode(rows: Rows, *fmts: formats.Format) -> Tokens:
     """Tokenise a few rows, in memory. Raises UserError that names the row."""
-    every = range(len(rows))
-    columns = rows.take([rows.require(name, "the text") for name in fmt.columns], np.arange(len(rows)))
-    done = fmt.encode(list(columns.values()), [rows.name(i) for i in every])
-    flat = np.fromiter(chain.from_iterable(done.ids), np.int64)
-    marks = None if done.marks is None else np.fromiter(chain.from_iterable(done.marks), np.uint8)
-    return Tokens(flat, marks, np.concatenate([[0], np.cumsum([len(i) for i in done.ids])]).astype(np.int64))
+    done = list(_encoded(rows, fmts))
+    marked = any(d.marks is not None for d in done)
+    ids = np.fromiter(chain.from_iterable(chain.from_iterable(d.ids for d in done)), np.int64)
+    marks = np.concatenate([_marks(d) for d in done]) if marked else None
+    lengths = [len(i) for d in done for i in d.ids]
+    return Tokens(ids, marks, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 
-def _write(rows: Rows, fmt: formats.Format, folder: Path) -> None:
-    dtype = "<u2" if len(fmt.tokenizer) <= 1 << 16 else "<i4"
-    columns = [rows.column(rows.require(name, "the text")) for name in fmt.columns]
-    lengths = np.empty(len(rows), np.int64)
-    with ExitStack() as stack:
-        ids = stack.enter_context((folder / "ids.bin").open("wb"))
-        marks = None
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            some = range(start, min(start + ROWS_AT_ONCE, len(rows)))
-            done = fmt.encode([c[some.start : some.stop] for c in columns], [rows.name(i) for i in some])
-            lengths[some.start : some.stop] = [len(i) for i in done.ids]
-            ids.write(np.concatenate([np.asarray(i, dtype) for i in done.ids]).tobytes())
-            if done.marks is not None:
-                marks = marks or stack.enter_context((folder / "marks.bin").open("wb"))
-                marks.write(np.concatenate([np.asarray(m, "u1") for m in done.marks]).tobytes())
-    np.save(folder / "offsets.npy", np.concatenate([[0], lengths.cumsum()]))
-    (folder / "tokens.json").write_text(json.dumps({"dtype": dtype, "marks": marks is not None}))
+def _encoded(rows: Rows, fmts: Sequence[formats.Format]) -> Iterator[formats.Encoded]:
+    """Tokenise some rows at a time, one format for each run of rows that are alike."""
+    runs = rows.alike() if len(fmts) > 1 else [rows]
+    for run, fmt in zip(runs, fmts, strict=True):
+        columns = [run.require(name, "the text") for name in fmt.columns]
+        for start in range(0, len(run), ROWS_AT_ONCE):
+            some = np.arange(start, min(start + ROWS_AT_ONCE, len(run)))
+            values = run.take(columns, some)
+            yield fmt.encode([values[c] for c in columns], [run.name(i) for i in some.tolist()])
+
+
+def _marks(done: formats.Encoded) -> npt.NDArray[np.uint8]:
+    """Return the marks of some rows as one array."""
+    if done.marks is None:
+        return np.ones(sum(map(len, done.ids)), np.uint8)
+    return np.concatenate([np.asarray(m, np.uint8) for m in done.marks])
+
+
+def _write(rows: Rows, fmts: Sequence[formats.Format], folder: Path) -> None:
+    dtype = "<u2" if len(fmts[0].tokenizer) <= 1 << 16 else "<i4"
+    offsets, place, marked = np.zeros(len(rows) + 1, np.int64), 0, False
+    with (folder / "ids.bin").open("wb") as ids, (folder / "marks.bin").open("wb") as marks:
+        for done in _encoded(rows, fmts):
+            lengths = np.fromiter(map(len, done.ids), np.int64)
+            offsets[place + 1 : place + 1 + len(lengths)] = lengths
+            place += len(lengths)
+            ids.write(np.fromiter(chain.from_iterable(done.ids), dtype, int(lengths.sum())).tobytes())
+            if done.marks is not None or len(fmts) > 1:
+                marked = True
+                marks.write(_marks(done).tobytes())
+    np.save(folder / "offsets.npy", offsets.cumsum())
+    (folder / "tokens.json").write_text(json.dumps({"dtype": dtype, "marks": marked}))
 
 
 def pad(arrays: Sequence[npt.NDArray[Any]], fill: int) -> torch.Tensor:
@@ -122,8 +136,12 @@ class LanguageDataset(Dataset):
     right, where a causal model needs no mask; position_ids restart in every sample of a pack, and are 0 in padding.
     """
 
-    def __init__(self, tokens: Tokens, fill: int):
-        self.tokens, self.fill = tokens, fill
+    def __init__(self, tokens: Tokens, rows: Rows, seq_len: int, fill: int, packed: bool):
+        self.tokens, self.rows, self.seq_len, self.fill, self.packed = tokens, rows, seq_len, fill, packed
+
+    @abstractmethod
+    def sizes(self) -> Ints:
+        """Return how many positions each example takes: (len(self),)."""
 
     @abstractmethod
     def at(self, index: int) -> Example:
@@ -159,9 +177,8 @@ class Blocks(LanguageDataset):
     nothing to learn, which is a UserError otherwise.
     """
 
-    def __init__(self, tokens: Tokens, seq_len: int, fill: int, isolated: bool, empty: bool = False):
-        super().__init__(tokens, fill)
-        self.seq_len, self.isolated = seq_len, isolated
+    def __init__(self, tokens: Tokens, rows: Rows, seq_len: int, fill: int, isolated: bool, empty: bool = False):
+        super().__init__(tokens, rows, seq_len, fill, isolated)
         self._places = max(0, len(tokens.ids) - 1)
         if not self._places and not empty:
             raise UserError(f"there is nothing to learn: the text has {len(tokens.ids)} tokens in all.")
@@ -171,13 +188,17 @@ class Blocks(LanguageDataset):
     def __len__(self) -> int:
         return self._blocks
 
+    def sizes(self) -> Ints:
+        """Return `seq_len` but for the last."""
+        return np.diff(np.minimum(np.arange(self._blocks + 1) * self.seq_len, self._places))
+
     def at(self, index: int) -> Example:
         """Return block `index`."""
         start = index * self.seq_len
         stop = min(start + self.seq_len, self._places)
         labels = self._labels(start, stop)
         example: Example = {"input_ids": self.tokens.ids[start:stop], "labels": labels}
-        if self.isolated:
+        if self.packed:
             first, last = np.searchsorted(self.tokens.offsets, [start + 1, stop + 1])
             begins = np.unique(self.tokens.offsets[first:last]) - start  # of documents, in 1 … stop - start
             labels[begins - 1] = IGNORE
@@ -199,10 +220,9 @@ class Samples(LanguageDataset):
     """
 
     def __init__(self, tokens: Tokens, rows: Rows, seq_len: int, fill: int, packed: bool, empty: bool = False):
-        super().__init__(tokens, fill)
-        self.rows, self.packed = rows, packed
+        super().__init__(tokens, rows, seq_len, fill, packed)
         places = np.minimum(tokens.lengths - 1, seq_len)
-        kept = np.flatnonzero(_learned(tokens, places) > 0)
+        kept = np.flatnonzero(learned(tokens, places) > 0)
         if not empty:
             _say_losses(rows, tokens.lengths, kept, seq_len)
         self._places = np.maximum(places, 0)
@@ -220,6 +240,10 @@ class Samples(LanguageDataset):
     def lengths(self, indices: Ints) -> Ints | None:
         """Return the positions of rows; packs are all about as long."""
         return None if self.packed else self._places[self._order[indices]]
+
+    def sizes(self) -> Ints:
+        """Return the positions of each pack, or row."""
+        return np.diff(np.concatenate([[0], self._places[self._order].cumsum()])[self._starts])
 
     def _members(self, index: int) -> Ints:
         """Return the rows of example `index`."""
@@ -243,19 +267,19 @@ class Samples(LanguageDataset):
         return ", ".join(self.rows.name(i) for i in self._members(index).tolist())
 
 
-def _learned(tokens: Tokens, places: Ints) -> Ints:
+def learned(tokens: Tokens, places: Ints) -> Ints:
     """Return how many labels each sequence has in its first so many places: (N,)."""
     if tokens.marks is None:
         return np.maximum(places, 0)
-    learned = np.zeros(len(places), np.int64)
+    found = np.zeros(len(places), np.int64)
     some = np.flatnonzero(places > 0)
     if len(some):
         begins = tokens.offsets[some] + 1
         # reduceat sums from each bound to the next; every second of these sums is a sequence.
         bounds = np.stack([begins, begins + places[some]], axis=1).ravel()
         bounds = bounds[: -1 if bounds[-1] == len(tokens.marks) else None]
-        learned[some] = np.add.reduceat(tokens.marks, bounds, dtype=np.int64)[::2]
-    return learned
+        found[some] = np.add.reduceat(tokens.marks, bounds, dtype=np.int64)[::2]
+    return found
 
 
 def _say_losses(rows: Rows, lengths: Ints, kept: Ints, seq_len: int) -> None:

@@ -69,6 +69,9 @@ def load_tokenizer(path: str, key: str) -> PreTrainedTokenizerFast:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{key}: the tokenizer of `{path}` has no fast implementation (a tokenizer.json is needed).")
+    # What a tokenizer.json was saved with would cut and pad every text.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -155,6 +158,21 @@ def end_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
 def filler(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return a token for places that hold none. It may be the end of text: what is learned is said by masks."""
     return int(next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None))
+
+
+def read_chat_template(path: str) -> str:
+    """Read a chat template from a Jinja file. Raises UserError when there is none, or Jinja does not understand it."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+        _compile_jinja_template(template)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"objective.chat_template: `{path}` cannot be read: {error}") from error
+    except Exception as error:  # of jinja2, which is imported with the library
+        line = f" line {error.lineno}" if hasattr(error, "lineno") else ""
+        raise UserError(f"objective.chat_template: `{path}`{line} is no Jinja template: {error}") from error
+    return template
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:

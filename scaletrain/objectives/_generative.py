@@ -39,6 +39,8 @@ class JudgeConfig(Strict):
 class GenerativeConfig(Strict):
     """Options that such objectives have."""
 
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    """Values for the chat template, such as {enable_thinking: false}."""
     sampling: SamplingConfig = SamplingConfig()
     judge: JudgeConfig | None = None
     """By default nothing is generated at an evaluation."""
@@ -88,10 +90,10 @@ class Generative(base.Objective[G]):
 
         tokenizer, fmt = self._language_of_prompts()
         how = self.config.sampling.changed(request.options)
-        if self._format != "chat" and messages[0]["role"] == "system":
+        if not self._talks and messages[0]["role"] == "system":
             raise UserError(f"this run learned from the format {self._format}, which has no system turn.")
         try:
-            prompt = fmt.prompt(list(messages) if self._format == "chat" else messages[-1]["content"])
+            prompt = fmt.prompt(list(messages) if self._talks else messages[-1]["content"])
         except TemplateError as error:
             raise UserError(f"the chat template refuses these messages: {error}") from error
         streamer = streamer_to(tokenizer, told)
@@ -135,13 +137,18 @@ class Generative(base.Objective[G]):
         """Return the tokenizer, and the format that prompts are written in."""
         assert self.tokenizer is not None
         name = "completion" if self._format == "text" else self._format
-        return self.tokenizer, formats.language_format(name, self.tokenizer)
+        return self.tokenizer, formats.language_format(name, self.tokenizer, None, self.config.template_options)
+
+    @property
+    def _talks(self) -> bool:
+        """Whether the data are chats."""
+        return self._format not in ("text", "completion")
 
     def _continue(
         self, networks: Networks, prompts: list[list[int]], how: SamplingConfig, generator: torch.Generator, **more: Any
     ) -> list[list[int]]:
         model, tokenizer = self.language_model(networks)
-        ends = ends_of(tokenizer, model, self._format == "chat")
+        ends = ends_of(tokenizer, model, self._talks)
         return generate(model, prompts, how, generator, filler(tokenizer), ends, **more)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from scaletrain.data.contract import Inspection
     from scaletrain.data.dataset import Dataset
     from scaletrain.data.sources import Rows
     from scaletrain.data.stream import Stream
@@ -127,6 +128,13 @@ class Objective(ABC, Generic[C]):
 
         window: a few rows of a stream, read while training: nothing is cached on disk, and it may come to no example.
         """
+
+    def inspect(self, dataset: Dataset) -> Inspection | None:
+        """Say what examples of one training source are, and what is wrong with them, before a network is built.
+
+        dataset: what `examples` returned. Called on one rank, before the first start of a stage.
+        """
+        return None
 
     def facts(self) -> dict[str, str]:
         """Return fingerprints of what beside the rows makes the examples, such as the tokenizer."""

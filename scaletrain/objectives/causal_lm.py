@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, final
 
@@ -20,6 +22,8 @@ from pydantic import Field
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data import formats
 from scaletrain.data.cache import content_key
+from scaletrain.data.contract import Inspection, inspect
+from scaletrain.data.dataset import Dataset
 from scaletrain.data.text import IGNORE, Blocks, LanguageDataset, Samples, Tokens, encode, tokenise
 from scaletrain.data.tokenizers import (
     TokenizerConfig,
@@ -27,9 +31,11 @@ from scaletrain.data.tokenizers import (
     filler,
     identity,
     load_tokenizer,
+    read_chat_template,
     special_ids,
     train_tokenizer,
 )
+from scaletrain.data.turns import Learn
 from scaletrain.errors import UserError
 from scaletrain.explain import decode
 from scaletrain.objectives._generative import Generative, GenerativeConfig
@@ -41,6 +47,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from scaletrain.data.sources import Rows
+
+log = logging.getLogger("scaletrain")
 
 FORMAT_FILE = "data_format.json"
 VOCABULARY = 4096
@@ -55,7 +63,13 @@ class Config(GenerativeConfig):
     """Options of the objective."""
 
     format: formats.FormatName | None = None
-    """text, completion or chat; by default what the columns tell."""
+    """text, completion, chat, conversations, alpaca or chat_completion; by default what the columns tell."""
+    learn: Learn | None = None
+    """completion, assistant (its turns), last (its last turn) or all; by default the first that the format has."""
+    max_lost: float = Field(0.05, ge=0, le=1)
+    """Share of the rows that may be left without an answer: they have none, or lose all of it at data.seq_len."""
+    chat_template: str | None = None
+    """A Jinja file, in place of the tokenizer's own chat template."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread over the whole vocabulary (Szegedy et al., 2016), in training only."""
@@ -76,33 +90,64 @@ class Objective(Generative[Config]):
             raise UserError("networks.model: give the `path` of a pretrained network, or a `config` with a model_type.")
         self._format: formats.FormatName = config.format or "text"
         self._checked = False
+        self._embeddings: int | None = None
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find the format and the tokenizer, and check the network. Raises UserError that names the key or row."""
         if self.recipe.data.seq_len is None:
             raise UserError("data.seq_len is missing: say how many tokens a sequence may have.")
-        self._format = formats.detect(train, self.config.format)
+        names = [formats.detect(run, self.config.format) for run in train.alike()]
+        for name, run in zip(names, train.alike(), strict=True):
+            log.info("data format: %s (%s)", name, ", ".join(formats.columns(run, name)))
+        self._format = max(names, key=list(formats.ROLES).index)
         self.check_judge()
         self.tokenizer = self.tokenizer or self._find_tokenizer(train)
+        if self.config.chat_template:
+            self.tokenizer.chat_template = read_chat_template(self.config.chat_template)
         self._check_network(self.recipe.data.seq_len)
+        for name in names:
+            formats.language_format(name, self.tokenizer, self.config.learn)
         # One of its own: a tokenizer must not be used by two threads at a time.
-        self._language = copy.deepcopy(formats.language_format(self._format, self.tokenizer))
+        self._reading = copy.deepcopy(self.tokenizer)
 
     def examples(self, rows: Rows, training: bool, window: bool = False) -> LanguageDataset:
         """Tokenise, mask, and cut or pack to `data.seq_len`. Raises UserError that names the row."""
         seq_len, packing = self.recipe.data.seq_len, self.recipe.data.packing
         assert self.tokenizer is not None
         assert seq_len is not None
-        tokens = encode(rows, self._language) if window else tokenise(rows, self._language)
+        readers = self._readers(rows)
+        plain = {isinstance(reader, formats.Documents) for reader in readers}
+        if len(plain) > 1:
+            raise UserError(
+                "plain text and rows with answers cannot be put one after the other: give each source of data.train a "
+                "`weight`, and evaluate on one kind."
+            )
+        tokens = encode(rows, *readers) if window else tokenise(rows, *readers)
         fill = filler(self.tokenizer)
         found: LanguageDataset
-        if self._format == "text":
-            found = Blocks(tokens, seq_len, fill, isolated=packing, empty=window)
+        if plain == {True}:
+            found = Blocks(tokens, rows, seq_len, fill, isolated=packing, empty=window)
         else:
             found = Samples(tokens, rows, seq_len, fill, packed=packing, empty=window)
         if not window:
             self._prompts = list(_prompts(tokens))
         return found
+
+    def _readers(self, rows: Rows) -> list[formats.Format]:
+        """Return the format of each run of rows that are alike."""
+        found = []
+        for run in rows.alike():
+            name = formats.detect(run, self.config.format)
+            found.append(
+                formats.language_format(name, self._reading, self.config.learn, self.config.template_options, run)
+            )
+        return found
+
+    def inspect(self, dataset: Dataset) -> Inspection:
+        """Return the data contract."""
+        assert isinstance(dataset, LanguageDataset)
+        batch = self.recipe.train.micro_batch or self.recipe.train.global_batch
+        return inspect(dataset, self._readers, self._reading, self._embeddings, batch, self.config.max_lost)
 
     def facts(self) -> dict[str, str]:
         """Return the tokenizer's."""
@@ -118,7 +163,8 @@ class Objective(Generative[Config]):
         if self.spec.source and not given.vocab_size:
             raise UserError(f"{self.spec.source} has no tokenizer: set objective.tokenizer.path.")
         size = given.vocab_size or self.spec.config.get("vocab_size", VOCABULARY)
-        texts = formats.texts(train.sample(TOKENIZER_ROWS) if train.streaming else train, self._format)
+        runs = (train.sample(TOKENIZER_ROWS) if train.streaming else train).alike()
+        texts = chain.from_iterable(formats.texts(run, formats.detect(run, self.config.format)) for run in runs)
         return train_tokenizer(texts, size, f"{self._format} {train.fingerprint}")
 
     def _check_network(self, seq_len: int) -> None:
@@ -134,6 +180,7 @@ class Objective(Generative[Config]):
             causal_lm.read_config(spec.path, config) if spec.path else causal_lm.new_config(config)
         ).get_text_config()
         check_vocabulary(tokenizer, settings.vocab_size, "networks.model")
+        self._embeddings = settings.vocab_size
         limit = getattr(settings, "max_position_embeddings", None)
         wanted = self.config.sampling.max_new_tokens
         if limit and wanted and wanted >= limit:

@@ -1,7 +1,6 @@
 """Tokenised text: what is learned, what is cut, and what a batch holds, spelled out by hand."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -106,7 +105,7 @@ def test_documents_become_blocks_that_learn_every_token_once(tokenizer: Any, tmp
     end = [tokenizer.eos_token_id]
     stream = tokenizer("the cat")["input_ids"] + end + tokenizer("the dog sat on the mat")["input_ids"] + end
     assert tokens.ids.tolist() == stream
-    blocks = Blocks(tokens, 4, fill=1, isolated=False)
+    blocks = Blocks(tokens, rows, 4, fill=1, isolated=False)
     examples = [blocks.at(i) for i in range(len(blocks))]
     assert np.concatenate([e["input_ids"] for e in examples]).tolist() == stream[:-1]
     assert np.concatenate([e["labels"] for e in examples]).tolist() == stream[1:]
@@ -122,7 +121,7 @@ def test_isolated_blocks_restart_with_each_document(tokenizer: Any, tmp_path: Pa
     tokens = tokenise(rows, Documents(tokenizer))
     stream, starts = tokens.ids.tolist(), set(tokens.offsets.tolist())
     for seq_len in (1, 2, 3, 5, 100):
-        blocks = Blocks(tokens, seq_len, fill=1, isolated=True)
+        blocks = Blocks(tokens, rows, seq_len, fill=1, isolated=True)
         place = 0
         for i in range(len(blocks)):
             example = blocks.at(i)
@@ -184,13 +183,6 @@ def test_only_the_assistant_is_learned(tokenizer: Any, tmp_path: Path, template:
     assert prompt.rstrip("\n").endswith("assistant" if template is None else "[assistant]")
 
 
-def test_template_that_rewrites_the_past(tokenizer: Any, tmp_path: Path) -> None:
-    tokenizer.chat_template = "{{ messages | length }}" + UNMARKED
-    rows = rows_of(tmp_path, {"messages": CHAT})
-    with pytest.raises(UserError, match=r"rows.jsonl line 1: the chat template writes .* message 3"):
-        tokenise(rows, Chats(tokenizer))
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -208,18 +200,6 @@ def test_bad_rows_are_named(tokenizer: Any, tmp_path: Path, row: dict[str, Any],
         tokenise(rows, language_format(name, tokenizer))
     with pytest.raises(UserError, match=message):
         list(texts(rows, name))
-
-
-def test_format_is_told_by_the_columns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "scaletrain")
-    assert detect(rows_of(tmp_path, {"prompt": "a", "completion": "b", "task": 1}), None) == "completion"
-    assert "data format: completion" in caplog.text
-    both = rows_of(tmp_path, {"text": "a", "messages": CHAT}, name="both.jsonl")
-    assert detect(both, "chat") == "chat"
-    with pytest.raises(UserError, match=r"fit text and chat: say which is meant by objective.format"):
-        detect(both, None)
-    with pytest.raises(UserError, match=r"`sentence` fit no format"):
-        detect(rows_of(tmp_path, {"sentence": "a"}, name="none.jsonl"), None)
 
 
 def hand_made(*marks: list[int]) -> Tokens:
