@@ -21,7 +21,7 @@ from scaletrain.explain import decode
 
 def network_module(type_: str, key: str) -> ModuleType:
     """Import the module that a network's `type` names. Raises UserError with the known types."""
-    known = {p.stem for p in Path(__file__).parent.glob("[!_]*.py")} - {"build", "adapters", "unread"}
+    known = {p.stem for p in Path(__file__).parent.glob("[!_]*.py")} - {"build", "adapters", "heads", "unread"}
     if type_ not in known:
         raise UserError(f"{key}.type: no network is called `{type_}`.{did_you_mean(type_, known)}")
     return importlib.import_module(f"scaletrain.networks.{type_}")
