@@ -65,9 +65,10 @@ def new_config(config: TransformersConfig) -> Any:
         raise UserError(
             "config.model_type is missing: say which architecture, or give `path` for a pretrained network."
         )
-    settings = {"attn_implementation": "sdpa", **config.options}
     try:
-        return config_class(config.model_type)(**settings)
+        found = config_class(config.model_type)(**config.options)
+        found._attn_implementation = _attention(found, config)
+        return found
     except Exception as error:  # the library's validation errors share no narrower base class
         raise UserError(f"config: {' '.join(str(error).split())}") from error
 
@@ -129,7 +130,7 @@ def read_weights(
     torch's generator, and that is said). Raises UserError, also when the folder holds another kind of network.
     """
     settings = read_config(path, config)
-    attention = config.options.get("attn_implementation", "sdpa")
+    attention = _attention(settings, config)
     try:
         module, loaded = auto.from_pretrained(
             path, config=settings, dtype=dtype, attn_implementation=attention,
@@ -153,9 +154,16 @@ def read_weights(
 def outline(auto: type[Any], path: str, config: TransformersConfig, dtype: torch.dtype) -> nn.Module:
     """Build a pretrained network as `read_weights` does, without its weights. Raises UserError."""
     settings = read_config(path, config)
-    attention = config.options.get("attn_implementation", "sdpa")
+    attention = _attention(settings, config)
     module: nn.Module = auto.from_config(settings, dtype=dtype, attn_implementation=attention)
     return module
+
+
+def _attention(settings: Any, config: TransformersConfig) -> str:
+    """Return what the recipe says, or by default torch's attention, which takes no cap on the scores."""
+    capped = getattr(settings.get_text_config(), "attn_logit_softcapping", None) is not None
+    found: str = config.options.get("attn_implementation", "eager" if capped else "sdpa")
+    return found
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
