@@ -82,7 +82,8 @@ def main() -> None:
     if options.memory:
         memory(options.memory, options.places, options.hidden[0], options.vocabulary[0], dtype=dtype)
         return
-    print("| vocabulary | hidden | places | plain s | ours s | time | plain MB | ours MB | memory |\n" + "|---" * 9 + "|")
+    print("| vocabulary | hidden | places | plain s | ours s | time | plain MB | ours MB | memory |")
+    print("|---" * 9 + "|")
     for vocabulary in options.vocabulary:
         for width in options.hidden:
             sizes = ["--places", options.places, "--hidden", width, "--vocabulary", vocabulary]

@@ -118,8 +118,9 @@ def pad(arrays: Sequence[npt.NDArray[Any]], fill: int) -> torch.Tensor:
 class LanguageDataset(Dataset):
     """Examples of a language model: {input_ids (t,), labels (t,)} and, where samples are isolated, position_ids (t,).
 
-    Batches: input_ids, labels and position_ids (B, T), lengths (B,), the real positions of each, and learned (K,), the
-    places in (B · T) that have a label: found here, so that no device is waited for. Padding is at the right, where a causal model needs no mask; position_ids restart in every sample of a pack, and are 0 in padding.
+    Batches: input_ids, labels and position_ids (B, T); lengths (B,), the real positions of each; learned (K,), the
+    places in (B · T) that have a label, so that no device is asked for them. Padding is at the right, where a causal
+    model needs no mask; position_ids restart in every sample of a pack, and are 0 in padding.
     """
 
     def __init__(self, tokens: Tokens, fill: int):

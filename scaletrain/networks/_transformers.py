@@ -67,7 +67,7 @@ def new_config(config: TransformersConfig) -> Any:
         )
     try:
         found = config_class(config.model_type)(**config.options)
-        found._attn_implementation = _attention(found, config)
+        found._attn_implementation = attention(found, config)
         return found
     except Exception as error:  # the library's validation errors share no narrower base class
         raise UserError(f"config: {' '.join(str(error).split())}") from error
@@ -130,10 +130,10 @@ def read_weights(
     torch's generator, and that is said). Raises UserError, also when the folder holds another kind of network.
     """
     settings = read_config(path, config)
-    attention = _attention(settings, config)
+    kind = attention(settings, config)
     try:
         module, loaded = auto.from_pretrained(
-            path, config=settings, dtype=dtype, attn_implementation=attention,
+            path, config=settings, dtype=dtype, attn_implementation=kind,
             ignore_mismatched_sizes=new_head, output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -154,15 +154,18 @@ def read_weights(
 def outline(auto: type[Any], path: str, config: TransformersConfig, dtype: torch.dtype) -> nn.Module:
     """Build a pretrained network as `read_weights` does, without its weights. Raises UserError."""
     settings = read_config(path, config)
-    attention = _attention(settings, config)
-    module: nn.Module = auto.from_config(settings, dtype=dtype, attn_implementation=attention)
+    kind = attention(settings, config)
+    module: nn.Module = auto.from_config(settings, dtype=dtype, attn_implementation=kind)
     return module
 
 
-def _attention(settings: Any, config: TransformersConfig) -> str:
-    """Return what the recipe says, or by default torch's attention, which takes no cap on the scores."""
+def attention(settings: Any, config: TransformersConfig) -> str | None:
+    """Return what the recipe says, or eager where scores are capped, which torch's attention does not do.
+
+    None: torch's attention where the architecture takes it.
+    """
     capped = getattr(settings.get_text_config(), "attn_logit_softcapping", None) is not None
-    found: str = config.options.get("attn_implementation", "eager" if capped else "sdpa")
+    found: str | None = config.options.get("attn_implementation", "eager" if capped else None)
     return found
 
 

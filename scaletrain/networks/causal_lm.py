@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from scaletrain.errors import UserError
 from scaletrain.networks._transformers import TransformersConfig, new_config, read_config, read_weights
 from scaletrain.networks._transformers import outline as outline_of
 from scaletrain.networks.heads import reducing
@@ -21,10 +22,14 @@ class Config(TransformersConfig):
 
 
 def build(config: Config) -> nn.Module:
-    """Build a new network; its weights are drawn from torch's generator."""
+    """Build a new network; its weights are drawn from torch's generator. Raises UserError."""
     from transformers import AutoModelForCausalLM
 
-    return reducing(AutoModelForCausalLM.from_config(new_config(config)))
+    settings = new_config(config)
+    try:
+        return reducing(AutoModelForCausalLM.from_config(settings))
+    except ValueError as error:  # attention that the architecture does not take
+        raise UserError(f"config: {' '.join(str(error).split())}") from error
 
 
 def load(path: str, config: Config, dtype: torch.dtype) -> nn.Module:

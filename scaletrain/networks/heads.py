@@ -205,7 +205,10 @@ class Head(nn.Linear):
         per_token: bool = False,
         shape: Shape | None = None,
     ) -> Tensor:
-        """Return logits, or, of hidden states (K, H), what the reduction makes of them. shape: what follows the matrix."""
+        """Return logits, or, of hidden states (K, H), what the reduction makes of them.
+
+        shape: what follows the matrix.
+        """
         if reduction is None:
             return super().forward(input)
         return _reduced(input, self.weight, self.bias, reduction, others, per_token, shape)
@@ -368,14 +371,11 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_sums: Tensor) -> Any:
-        # In float32: a factor in half precision would be off by as much as a rounding in each gradient, and alike in all.
-        factor = by_sums[0] / ctx.lift
-        found = []
-        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            if gradient is not None:
-                gradient = gradient.mul_(factor) if gradient.dtype == factor.dtype else gradient.to(factor.dtype) * factor
-                gradient = gradient.to(dtype)
-            found.append(gradient)
+        factor = by_sums[0] / ctx.lift  # not rounded to half precision, where it would be as wrong in every gradient
+        found = [
+            None if gradient is None else gradient.to(factor.dtype).mul_(factor).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return (*found, None, None, None, *(None for _ in range(ctx.others)))
 
 

@@ -74,7 +74,7 @@ class Config(Strict):
     z_loss: float = Field(0.0, ge=0)
     """Factor of (log Z)², Z the sum of all exp(logit), in training only: 1e-4 in PaLM (Chowdhery et al., 2022, 5)."""
     neftune_alpha: float = Field(0.0, ge=0)
-    """Noise on the embeddings in training: uniform in ± alpha / √(L H), for a sample of L tokens (Jain et al., 2023)."""
+    """Noise on the embeddings in training: uniform in ± alpha / √(L H) in a sample of L tokens (Jain et al., 2023)."""
     sampling: SamplingConfig = SamplingConfig()
 
 
