@@ -87,9 +87,10 @@ def new_config(config: TransformersConfig) -> Any:
         raise UserError(
             "config.model_type is missing: say which architecture, or give `path` for a pretrained network."
         )
-    settings = {"attn_implementation": "sdpa", **config.options}
     try:
-        return config_class(config.model_type)(**settings)
+        found = config_class(config.model_type)(**config.options)
+        found._attn_implementation = attention(found, config)
+        return found
     except Exception as error:  # the library's validation errors share no narrower base class
         raise UserError(f"config: {' '.join(str(error).split())}") from error
 
@@ -152,7 +153,7 @@ def read_weights(
     embeddings are the mean of the others. Raises UserError, also when the folder holds another kind of network.
     """
     reading, settings = config.reading, read_config(path, config)
-    attention = config.options.get("attn_implementation", "sdpa")
+    kind = attention(settings, config)
     tokens = new_tokens(path, config)
     if tokens:
         settings.get_text_config().vocab_size = tokens.start
@@ -164,7 +165,7 @@ def read_weights(
             how["quantization_config"] = settings_of(reading.quantize, _empty(auto, path, config, dtype))
     try:
         module, loaded = auto.from_pretrained(
-            path, config=settings, dtype=dtype, attn_implementation=attention, trust_remote_code=reading.trusted,
+            path, config=settings, dtype=dtype, attn_implementation=kind, trust_remote_code=reading.trusted,
             ignore_mismatched_sizes=new_head, output_loading_info=True, **how,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -226,11 +227,19 @@ def outline(auto: type[Any], path: str, config: TransformersConfig, dtype: torch
 
 def _empty(auto: type[Any], path: str, config: TransformersConfig, dtype: torch.dtype) -> nn.Module:
     settings, trusted = read_config(path, config), config.reading.trusted
-    attention = config.options.get("attn_implementation", "sdpa")
-    module: nn.Module = auto.from_config(
-        settings, dtype=dtype, attn_implementation=attention, trust_remote_code=trusted
-    )
+    kind = attention(settings, config)
+    module: nn.Module = auto.from_config(settings, dtype=dtype, attn_implementation=kind, trust_remote_code=trusted)
     return module
+
+
+def attention(settings: Any, config: TransformersConfig) -> str | None:
+    """Return what the recipe says, or eager where scores are capped, which torch's attention does not do.
+
+    None: torch's attention where the architecture takes it.
+    """
+    capped = getattr(settings.get_text_config(), "attn_logit_softcapping", None) is not None
+    found: str | None = config.options.get("attn_implementation", "eager" if capped else None)
+    return found
 
 
 def _unreadable(path: str, error: Exception) -> UserError:

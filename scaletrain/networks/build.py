@@ -23,7 +23,8 @@ from scaletrain.networks._transformers import TransformersConfig, new_tokens
 
 def network_module(type_: str, key: str) -> ModuleType:
     """Import the module that a network's `type` names. Raises UserError with the known types."""
-    known = {p.stem for p in Path(__file__).parent.glob("[!_]*.py")} - {"build", "adapters", "quantised", "unread"}
+    files = Path(__file__).parent.glob("[!_]*.py")
+    known = {p.stem for p in files if re.search(r"^class Config\(", p.read_text("utf-8"), re.MULTILINE)}
     if type_ not in known:
         raise UserError(f"{key}.type: no network is called `{type_}`.{did_you_mean(type_, known)}")
     return importlib.import_module(f"scaletrain.networks.{type_}")

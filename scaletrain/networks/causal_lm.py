@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from scaletrain.errors import UserError
 from scaletrain.networks._transformers import TransformersConfig, new_config, read_config, read_weights
 from scaletrain.networks._transformers import outline as outline_of
+from scaletrain.networks.heads import reducing
 
 if TYPE_CHECKING:
     import torch
@@ -20,21 +22,25 @@ class Config(TransformersConfig):
 
 
 def build(config: Config) -> nn.Module:
-    """Build a new network; its weights are drawn from torch's generator."""
+    """Build a new network; its weights are drawn from torch's generator. Raises UserError."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(new_config(config))
+    settings = new_config(config)
+    try:
+        return reducing(AutoModelForCausalLM.from_config(settings))
+    except ValueError as error:  # attention that the architecture does not take
+        raise UserError(f"config: {' '.join(str(error).split())}") from error
 
 
 def load(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
     """Read a pretrained network from a folder or the Hub. Raises UserError that names it."""
     from transformers import AutoModelForCausalLM
 
-    return read_weights(AutoModelForCausalLM, path, config, dtype, new_head=False)
+    return reducing(read_weights(AutoModelForCausalLM, path, config, dtype, new_head=False))
 
 
 def outline(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
     """Build what `load` does, without its weights. Raises UserError that names it."""
     from transformers import AutoModelForCausalLM
 
-    return outline_of(AutoModelForCausalLM, path, config, dtype)
+    return reducing(outline_of(AutoModelForCausalLM, path, config, dtype))

@@ -1,7 +1,7 @@
 """Causal language models: next-token cross-entropy on documents, prompts with completions, or chats.
 
 L = Σ -log p(x_{t+1} | x_≤t) over the learned tokens, divided by their number in the global batch.
-Shapes: B sequences (or packs), T positions, V tokens of the vocabulary.
+Shapes: B sequences (or packs), T positions, K learned ones of all B · T, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scaletrain.data import formats
 from scaletrain.data.cache import content_key
 from scaletrain.data.contract import Inspection, inspect
 from scaletrain.data.dataset import Dataset
-from scaletrain.data.text import IGNORE, Blocks, LanguageDataset, Samples, Tokens, encode, tokenise
+from scaletrain.data.text import Blocks, LanguageDataset, Samples, Tokens, encode, tokenise
 from scaletrain.data.tokenizers import (
     TokenizerConfig,
     check_vocabulary,
@@ -38,6 +38,7 @@ from scaletrain.data.tokenizers import (
 from scaletrain.data.turns import Learn
 from scaletrain.errors import UserError
 from scaletrain.explain import decode
+from scaletrain.networks import heads
 from scaletrain.objectives._generative import Generative, GenerativeConfig
 from scaletrain.objectives.base import Networks
 from scaletrain.player import Batch, Term, Turn
@@ -73,6 +74,10 @@ class Config(GenerativeConfig):
     tokenizer: TokenizerConfig = TokenizerConfig()
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread over the whole vocabulary (Szegedy et al., 2016), in training only."""
+    z_loss: float = Field(0.0, ge=0)
+    """Factor of (log Z)², Z the sum of all exp(logit), in training only: 1e-4 in PaLM (Chowdhery et al., 2022, 5)."""
+    neftune_alpha: float = Field(0.0, ge=0)
+    """Noise on the embeddings in training: uniform in ± alpha / √(L H) in a sample of L tokens (Jain et al., 2023)."""
 
 
 @final
@@ -91,6 +96,7 @@ class Objective(Generative[Config]):
         self._format: formats.FormatName = config.format or "text"
         self._checked = False
         self._embeddings: int | None = None
+        self._trained_on = heads.CrossEntropy(config.label_smoothing, config.z_loss)
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find the format and the tokenizer, and check the network. Raises UserError that names the key or row."""
@@ -216,33 +222,39 @@ class Objective(Generative[Config]):
 
     def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
         """Return the learned tokens, `targets`, and the real ones, `tokens`."""
-        return {"targets": int((batch["labels"] != IGNORE).sum()), "tokens": int(batch["lengths"].sum())}
+        return {"targets": len(batch["learned"]), "tokens": int(batch["lengths"].sum())}
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
-        """Return the sum of the cross-entropy over the learned tokens."""
+        """Return the sum of the cross-entropy over the learned tokens; as a figure, too, where that is changed."""
+        model, alpha = networks["model"], self.config.neftune_alpha
         if not self._checked:
-            check_attention(networks["model"], batch, self.recipe.data.packing)
+            check_attention(model, batch, self.recipe.data.packing)
+            if alpha and not heads.takes_noise(model):
+                raise UserError("objective.neftune_alpha: this network's type takes no noise; leave it out.")
             self._checked = True
-        return self._cross_entropy(networks["model"], batch, self.config.label_smoothing)
+        noise = {"noise": alpha * sample_lengths(batch).rsqrt()} if alpha else {}
+        sums = self._sums(model, batch, self._trained_on, noise)
+        found = {"loss": Term(sums[0], per="targets")}
+        if self._trained_on != heads.CrossEntropy():
+            found["cross_entropy"] = Term(sums[1].detach(), per="targets", weight=0.0)
+        return found
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
-        """Return the loss without smoothing."""
-        return self._cross_entropy(networks["model"], batch, 0.0)
+        """Return the loss without smoothing, and how many learned tokens are the most likely ones."""
+        loss, right = self._sums(networks["model"], batch, heads.judged)
+        return {"loss": Term(loss, per="targets"), "accuracy": Term(right, per="targets", weight=0.0)}
+
+    @staticmethod
+    def _sums(
+        model: nn.Module, batch: Batch, reduction: heads.Reduction, more: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch} | dict(more or {})
+        targets = batch["labels"].flatten().index_select(0, batch["learned"])
+        return heads.reduce(model, inputs, batch["learned"], reduction, [targets])
 
     def conclude(self, metrics: dict[str, float]) -> dict[str, float]:
         """Add the perplexity, e to the loss."""
         return metrics | {"perplexity": math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf}
-
-    def _cross_entropy(self, model: nn.Module, batch: Batch, smoothing: float) -> dict[str, Term]:
-        logits = forward(model, batch["input_ids"], batch.get("position_ids"))
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            batch["labels"].flatten(),
-            ignore_index=IGNORE,
-            reduction="sum",
-            label_smoothing=smoothing,
-        )
-        return {"loss": Term(total, per="targets")}
 
 
 def forward(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
@@ -250,6 +262,18 @@ def forward(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tenso
     positions = {} if position_ids is None else {"position_ids": position_ids}
     logits: torch.Tensor = model(input_ids=input_ids, use_cache=False, **positions).logits
     return logits
+
+
+def sample_lengths(batch: Batch) -> torch.Tensor:
+    """Return, at each place, how many tokens the sample has that it is in: (B, T)."""
+    ids = batch["input_ids"]
+    if "position_ids" not in batch:
+        return batch["lengths"][:, None].expand_as(ids)
+    positions, places = batch["position_ids"], torch.arange(ids.shape[1], device=ids.device)
+    # The end of a sample is the first place, from here on, that is followed by position 0.
+    follows = F.pad(positions[:, 1:], (0, 1)) == 0
+    ends = torch.where(follows, places, ids.shape[1]).flip(1).cummin(1).values.flip(1)
+    return positions.gather(1, ends) + 1
 
 
 def check_attention(model: nn.Module, batch: Batch, packed: bool) -> None:

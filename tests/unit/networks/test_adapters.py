@@ -86,7 +86,7 @@ def test_transformers_loads_the_adapter_over_its_base(tmp_path: Path) -> None:
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), logits(adapted))
     before = logits(adapted)
     merged = build("model", NetworkSpec(type="causal_lm"), base=adapted).eval()
-    assert type(merged) is LlamaForCausalLM
+    assert isinstance(merged, LlamaForCausalLM)
     torch.testing.assert_close(logits(merged), before)
 
 

@@ -17,7 +17,7 @@ from scaletrain.data.text import IGNORE, Samples, Tokens
 from scaletrain.errors import UserError
 from scaletrain.networks import causal_lm
 from scaletrain.objectives.base import Request
-from scaletrain.objectives.causal_lm import Config, Objective, check_attention, forward
+from scaletrain.objectives.causal_lm import Config, Objective, check_attention, forward, sample_lengths
 from tests.unit.objectives.prepared import prepared
 
 SIZES = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -173,6 +173,42 @@ def test_loss_in_bfloat16_is_summed_in_float32(tmp_path: Path) -> None:
         logits.double().flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORE, reduction="sum"
     )
     assert float(term.sum) == pytest.approx(float(reference), rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_is_trained_on_and_what_is_told(packing: bool, tmp_path: Path) -> None:
+    own = objective({"label_smoothing": 0.1, "z_loss": 0.01, "neftune_alpha": 5}, packing=packing, seq_len=40)
+    batch = whole_batch(prepared(own, rows_of(tmp_path, *PAIRS), None).train)
+    learned = (batch["labels"].flatten() != IGNORE).nonzero().squeeze(1)
+    assert torch.equal(batch["learned"], learned)
+    module = causal_lm.build(causal_lm.Config(**own.networks()["model"].config))
+    quiet = objective({"label_smoothing": 0.1, "z_loss": 0.01}, packing=packing, seq_len=40)
+
+    def terms(of: Objective) -> dict[str, float]:
+        torch.manual_seed(0)
+        return {name: float(term.sum.detach()) for name, term in of.loss(of.turns[0], {"model": module}, batch).items()}
+
+    with torch.no_grad():
+        logits = forward(module, batch["input_ids"], batch.get("position_ids")).flatten(0, 1)[learned]
+    targets = batch["labels"].flatten()[learned]
+    plain = float(F.cross_entropy(logits, targets, reduction="sum"))
+    smoothed = float(F.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.1))
+    z = float(logits.logsumexp(-1).square().sum())
+    assert terms(quiet) == pytest.approx({"loss": smoothed + 0.01 * z, "cross_entropy": plain}, rel=1e-5)
+    assert terms(own) == terms(own)
+    assert terms(own)["cross_entropy"] != pytest.approx(plain, rel=1e-5)
+    told = {name: float(term.sum) for name, term in own.evaluate({"model": module}, batch).items()}
+    right = int((logits.argmax(-1) == targets).sum())
+    assert told == pytest.approx({"loss": plain, "accuracy": right}, rel=1e-5)
+    assert own.loss(own.turns[0], {"model": module}, batch)["cross_entropy"].weight == 0
+
+
+def test_lengths_of_samples() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 0, 0]])
+    batch = {"input_ids": positions, "position_ids": positions, "lengths": torch.tensor([8, 6])}
+    assert sample_lengths(batch).tolist() == [[3, 3, 3, 2, 2, 1, 2, 2], [6, 6, 6, 6, 6, 6, 1, 1]]
+    del batch["position_ids"]
+    assert sample_lengths(batch).tolist() == [[8] * 8, [6] * 8]
 
 
 def test_padding_with_the_end_of_text_still_learns_the_end(tmp_path: Path) -> None:
