@@ -28,6 +28,10 @@ ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Logits that exist at a time."""
 
 
+STATES = ("hidden_states", "attentions")
+"""What a network returns of every layer where `output_hidden_states` or `output_attentions` asks for it."""
+
+
 def reducing(model: nn.Module) -> nn.Module:
     """Have a causal language model of transformers take a reduction; one whose head is no plain matrix stays as it is."""
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -102,20 +106,22 @@ class Reducing:
         per_token: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Return the output of the network, or what the reduction makes of its logits."""
+        """Return the output of the network, or what the reduction makes of its logits, with the states asked for."""
         if reduction is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         model: Any = self
-        hidden = model.get_decoder()(*args, **kwargs).last_hidden_state
+        found = model.get_decoder()(*args, **kwargs)
         assert learned is not None
-        places = hidden.flatten(0, 1).index_select(0, learned)
-        return model.get_output_embeddings()(
+        places = found.last_hidden_state.flatten(0, 1).index_select(0, learned)
+        reduced = model.get_output_embeddings()(
             places,
             reduction=reduction,
             others=others,
             per_token=per_token,
             shape=_shape(model.config.get_text_config()),
         )
+        states = {name: found[name] for name in STATES if kwargs.get(f"output_{name}")}
+        return (reduced, states) if states else reduced
 
 
 @functools.cache

@@ -62,30 +62,38 @@ class SamplingConfig(Strict):
     top_p: float = Field(1.0, gt=0, le=1)
 
 
-class Config(Strict):
-    """Options of the objective."""
+class LanguageConfig(Strict):
+    """Options of every objective over a causal language model: its rows, and how texts are drawn."""
 
     format: formats.FormatName | None = None
     """text, completion or chat; by default what the columns tell."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+class Config(LanguageConfig):
+    """Options of the objective."""
+
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread over the whole vocabulary (Szegedy et al., 2016), in training only."""
-    sampling: SamplingConfig = SamplingConfig()
 
 
 @final
 class Objective(base.Objective[Config]):
-    """Next-token prediction by one network, `model`."""
+    """Next-token prediction by one network, `model`; or, for an objective over several, what concerns the one named."""
 
     throughput: ClassVar[str] = "tokens"
     windowed: ClassVar[bool] = True
     data_keys: ClassVar[frozenset[str]] = frozenset({"seq_len", "packing"})
 
-    def __init__(self, config: Config, recipe: Recipe):
+    def __init__(self, config: Config, recipe: Recipe, network: str = "model"):
         super().__init__(config, recipe)
-        self.spec = recipe.networks.get("model", NetworkSpec())
+        self.network = network
+        self.spec = recipe.networks.get(network, NetworkSpec())
         if not (self.spec.path or self.spec.source or "model_type" in self.spec.config):
-            raise UserError("networks.model: give the `path` of a pretrained network, or a `config` with a model_type.")
+            raise UserError(
+                f"networks.{network}: give the `path` of a pretrained network, or a `config` with a model_type."
+            )
         self.tokenizer: PreTrainedTokenizerFast | None = None
         self._format: formats.FormatName = config.format or "text"
         self._prompts: list[list[int]] = []
@@ -127,7 +135,7 @@ class Objective(base.Objective[Config]):
         if given.path:
             return load_tokenizer(given.path, "objective.tokenizer.path")
         if self.spec.path and not given.vocab_size:
-            return load_tokenizer(self.spec.path, "networks.model.path")
+            return load_tokenizer(self.spec.path, f"networks.{self.network}.path")
         if self.spec.source and not given.vocab_size:
             raise UserError(f"{self.spec.source} has no tokenizer: set objective.tokenizer.path.")
         size = given.vocab_size or self.spec.config.get("vocab_size", VOCABULARY)
@@ -138,15 +146,15 @@ class Objective(base.Objective[Config]):
         """Check the network's embeddings, of tokens and of positions, before a weight is read."""
         from scaletrain.networks import causal_lm
 
-        spec, tokenizer = self.networks()["model"], self.tokenizer
+        spec, tokenizer = self.networks()[self.network], self.tokenizer
         assert tokenizer is not None
         if spec.source:
             return  # its weights fit its configuration, and its tokenizer came with it
-        config = decode(causal_lm.Config, spec.config, "networks.model.config")
+        config = decode(causal_lm.Config, spec.config, f"networks.{self.network}.config")
         settings = (
             causal_lm.read_config(spec.path, config) if spec.path else causal_lm.new_config(config)
         ).get_text_config()
-        check_vocabulary(tokenizer, settings.vocab_size, "networks.model")
+        check_vocabulary(tokenizer, settings.vocab_size, f"networks.{self.network}")
         limit = getattr(settings, "max_position_embeddings", None)
         wanted = self.config.sampling.max_new_tokens
         if limit and wanted and wanted >= limit:
@@ -156,14 +164,14 @@ class Objective(base.Objective[Config]):
         if limit and seq_len > limit:
             raise UserError(
                 f"data.seq_len={seq_len}: the network has {limit} positions. Lower it, or, for a new network, raise "
-                "networks.model.config.max_position_embeddings."
+                f"networks.{self.network}.config.max_position_embeddings."
             )
 
     def restore(self, folders: Mapping[str, Path]) -> None:
         """Take the tokenizer and the format of prompts from the network's folder."""
-        if "model" in folders:
-            self.tokenizer = load_tokenizer(str(folders["model"]), "the network's folder")
-            written = folders["model"] / FORMAT_FILE
+        if self.network in folders:
+            self.tokenizer = load_tokenizer(str(folders[self.network]), "the network's folder")
+            written = folders[self.network] / FORMAT_FILE
             self._format = json.loads(written.read_text())["format"] if written.exists() else self._format
 
     def save_assets(self, network: str, folder: Path) -> None:
@@ -178,7 +186,7 @@ class Objective(base.Objective[Config]):
         if not (spec.path or spec.source):
             assert self.tokenizer is not None
             spec = spec.model_copy(update={"config": {**special_ids(self.tokenizer), **spec.config}})
-        return {"model": spec}
+        return {self.network: spec}
 
     def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
         """Return the learned tokens, `targets`, and the real ones, `tokens`."""
@@ -187,13 +195,13 @@ class Objective(base.Objective[Config]):
     def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the sum of the cross-entropy over the learned tokens."""
         if not self._checked:
-            check_attention(networks["model"], batch, self.recipe.data.packing)
+            check_attention(networks[self.network], batch, self.recipe.data.packing)
             self._checked = True
-        return self._cross_entropy(networks["model"], batch, self.config.label_smoothing)
+        return self._cross_entropy(networks[self.network], batch, self.config.label_smoothing)
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the loss without smoothing."""
-        return self._cross_entropy(networks["model"], batch, 0.0)
+        return self._cross_entropy(networks[self.network], batch, 0.0)
 
     def conclude(self, metrics: dict[str, float]) -> dict[str, float]:
         """Add the perplexity, e to the loss."""
@@ -226,7 +234,9 @@ class Objective(base.Objective[Config]):
         start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
         count = max(request.count, len(request.prompts))
         prompts = [prompts[i * len(prompts) // count] or [start] for i in range(count)]
-        ids = generate(networks["model"], prompts, how, request.generator, filler(tokenizer), tokenizer.eos_token_id)
+        ids = generate(
+            networks[self.network], prompts, how, request.generator, filler(tokenizer), tokenizer.eos_token_id
+        )
         return base.Samples(texts=tokenizer.batch_decode(ids, skip_special_tokens=True))
 
 
