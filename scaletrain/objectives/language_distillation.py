@@ -136,6 +136,7 @@ class Objective(base.Objective[Config]):
         if self._projects and not config.hidden:
             raise UserError("players.student.networks: `projection` is for objective.hidden, which is not given.")
         self._folders: Mapping[str, Path] = {}
+        self._vocabulary = 0  # embeddings may be padded beyond it, by each network in its own way
         self._widths = (0, 0)
         self._kept: list[TopK] = []
         self._checked = False
@@ -159,6 +160,7 @@ class Objective(base.Objective[Config]):
             raise UserError("objective.on_policy continues prompts: give rows with prompts and completions, or chats.")
         if spoken:
             check_agreement(self.tokenizer, spoken)
+        self._vocabulary = 1 + max(self.tokenizer.get_vocab().values())
         if self.config.cache and self.config.cache.top_k > self._vocabulary:
             raise UserError(f"objective.cache.top_k: there are {self._vocabulary:,} tokens in all.")
         self._check_networks()
@@ -169,11 +171,6 @@ class Objective(base.Objective[Config]):
         """The one of both networks."""
         assert self.language.tokenizer is not None
         return self.language.tokenizer
-
-    @property
-    def _vocabulary(self) -> int:
-        """The tokens that there are; embeddings may be padded beyond them, by each network in its own way."""
-        return 1 + max(self.tokenizer.get_vocab().values())
 
     def _tokenizer_of_teacher(self) -> PreTrainedTokenizerFast | None:
         """Return it, where the teacher came with one."""
@@ -218,7 +215,8 @@ class Objective(base.Objective[Config]):
                         f"objective.{key}.layers: the {name} has no layer {layer}: its blocks are 1 to "
                         f"{settings.num_hidden_layers}."
                     )
-        if self.config.attention and settings._attn_implementation != "eager":
+        attention = self._both()[name].config.get("attn_implementation")
+        if self.config.attention and attention != "eager":
             raise UserError(
                 f"objective.attention: only eager attention shows itself: set networks.{name}.config."
                 "attn_implementation=eager."
@@ -234,6 +232,8 @@ class Objective(base.Objective[Config]):
 
         config, path = decode(network.Config, spec.config, f"networks.{name}.config"), spec.path
         if spec.source:
+            if name not in self._folders:
+                raise UserError(f"networks.{name}.from: {spec.source} holds no weights: name what was trained there.")
             folder = self._folders[name]
             adapter = folder / "adapter_config.json"
             path = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else str(folder)
@@ -245,7 +245,11 @@ class Objective(base.Objective[Config]):
         found = self.language.examples(rows, training, window)
         if self.config.cache is None:
             return found
-        about = (self.teacher.model_dump(exclude={"shard", "source"}), self._fingerprint(), self.recipe.train.precision)
+        about = (
+            self.teacher.model_dump(exclude={"path", "source", "shard"}),
+            self._fingerprint(),
+            self.recipe.train.precision,
+        )
         how = (self.config.temperature, self.config.cache.top_k, self._vocabulary)
         kept = TopK(found, batch_size(self.recipe), *about, *how)
         self._kept.append(kept)
@@ -290,8 +294,8 @@ class Objective(base.Objective[Config]):
         parts = [(kept, number) for kept in self._kept for number in range(kept.parts)]
 
         def missing() -> list[int]:
-            gaps = {(id(kept), number) for kept in self._kept for number in kept.missing()}
-            return [i for i, (kept, number) in enumerate(parts) if (id(kept), number) in gaps]
+            gaps = {id(kept): set(kept.missing()) for kept in self._kept}
+            return [i for i, (kept, number) in enumerate(parts) if number in gaps[id(kept)]]
 
         def do(networks: Networks, device: torch.device, part: int) -> None:
             self._ask(networks["teacher"], device, *parts[part])
@@ -388,12 +392,13 @@ class Objective(base.Objective[Config]):
             compare = self._with_teacher(logits_of)
 
         def reduction(logits: torch.Tensor, labels: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-            log_p, log_q, top = compare(logits[:, : self._vocabulary], *others)
+            shared = logits[:, : self._vocabulary]
+            log_p, log_q, top = compare(shared, *others)
             soft = divergence(config.divergence, log_p, log_q, config.beta or 0.5).sum() * config.temperature**2
             hard = F.cross_entropy(logits, labels, reduction="sum")
             sums = {"divergence": soft, "cross_entropy": hard}
             if "agreement" in figures:
-                sums["agreement"] = (logits.argmax(1) == top).sum().to(soft.dtype)
+                sums["agreement"] = (shared.argmax(1) == top).sum().to(soft.dtype)
             return torch.stack([config.hard * hard + (1 - config.hard) * soft, *(sums[name] for name in figures)])
 
         sums, learning = reduce_with(networks["student"], inputs, learned, reduction, (labels, *others), config.states)

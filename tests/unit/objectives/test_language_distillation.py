@@ -22,6 +22,7 @@ from scaletrain.objectives._divergence import divergence
 from scaletrain.objectives._on_policy import batch_of, continued, prompts_of
 from scaletrain.objectives.base import Data
 from scaletrain.objectives.language_distillation import Config, Objective
+from scaletrain.player import Term
 from scaletrain.runs import train
 from tests.unit.objectives.prepared import prepared
 
@@ -107,6 +108,10 @@ def batch_from(data: Data) -> dict[str, torch.Tensor]:
     return train.batch(range(len(train)), np.zeros(len(train), np.uint64))
 
 
+def value(term: Term) -> float:
+    return float(term.sum.detach())
+
+
 def plain(networks: dict[str, Any], batch: dict[str, torch.Tensor], temperature: float) -> tuple[Any, Any, Any]:
     """Return log-probabilities of both networks at the learned places, and the cross-entropy, the plain way."""
     inputs = {k: batch[k] for k in ("input_ids", "position_ids") if k in batch}
@@ -137,7 +142,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(
     expected = torch.autograd.grad(wanted, list(networks["student"].parameters()))
     terms = own.loss(own.turns[0], networks, batch)
     assert {name: term.weight for name, term in terms.items()} == {"loss": 1, "divergence": 0, "cross_entropy": 0}
-    values = [float(terms[name].sum) for name in ("loss", "divergence", "cross_entropy")]
+    values = [value(terms[name]) for name in ("loss", "divergence", "cross_entropy")]
     assert values == pytest.approx([wanted.item(), soft.item(), ce.item()], abs=1e-10)
     found = torch.autograd.grad(terms["loss"].sum, list(networks["student"].parameters()))
     for ours, theirs in zip(found, expected, strict=True):
@@ -150,7 +155,9 @@ def test_loss_and_gradients_are_those_of_whole_logits(
 def networks_agree(networks: dict[str, Any], batch: dict[str, torch.Tensor]) -> torch.Tensor:
     inputs = {k: batch[k] for k in ("input_ids", "position_ids") if k in batch}
     learned, shared = batch["labels"] != IGNORE, len(WORDS) + 3
-    ours, theirs = (networks[n](**inputs).logits[learned][:, :shared].argmax(-1) for n in ("student", "teacher"))
+    ours, theirs = (
+        networks[n](**inputs, use_cache=False).logits[learned][:, :shared].argmax(-1) for n in ("student", "teacher")
+    )
     return ours == theirs
 
 
@@ -174,8 +181,8 @@ def test_hidden_states_are_matched_on_real_tokens_through_a_projection(reducing:
     for row, length in enumerate(batch["lengths"].tolist()):
         for number, (a, b) in enumerate([(0, 0), (1, 2)]):
             mapped = student[a][row, :length] @ networks["projection"].maps[number].weight.T
-            total += float((mapped - teacher[b][row, :length]).square().mean(-1).sum()) / 2
-    assert float(terms["hidden"].sum) == pytest.approx(total, rel=1e-6)
+            total += (mapped - teacher[b][row, :length]).square().mean(-1).sum().item() / 2
+    assert value(terms["hidden"]) == pytest.approx(total, rel=1e-6)
     assert (terms["hidden"].weight, terms["hidden"].per) == (3.0, "tokens")
     sum(term.weight * term.sum for term in terms.values()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in networks["projection"].parameters())
@@ -197,15 +204,17 @@ def test_attentions_are_matched_on_real_tokens(packing: bool, folders: Path) -> 
     networks = networks_of(own, reducing=True)
     terms = own.loss(own.turns[0], networks, batch)
     inputs = {k: batch[k] for k in ("input_ids", "position_ids") if k in batch}
-    ours, theirs = (networks[n](**inputs, output_attentions=True).attentions for n in ("student", "teacher"))
+    ours, theirs = (
+        networks[n](**inputs, use_cache=False, output_attentions=True).attentions for n in ("student", "teacher")
+    )
     total = 0.0
     for row, length in enumerate(batch["lengths"].tolist()):
         for head in range(2):
             for place in range(length):
                 p, q = theirs[1][row, head, place], ours[0][row, head, place]
                 seen = p > 0
-                total += float((p[seen] * (p[seen] / q[seen]).log()).sum()) / 2
-    assert float(terms["attention"].sum) == pytest.approx(total, rel=1e-5)
+                total += (p[seen] * (p[seen] / q[seen]).log()).sum().item() / 2
+    assert value(terms["attention"]) == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -233,8 +242,8 @@ def test_what_is_kept_gives_the_loss_of_the_teacher_itself(packing: bool, folder
         prepared(again, rows_of(folders), None)
         assert again.ahead().missing() == []  # type: ignore[union-attr]
     for name, term in expected.items():
-        assert float(found[tokens][name].sum) == pytest.approx(float(term.sum), rel=2e-3)
-    losses = [float(found[k]["loss"].sum) for k in found]
+        assert value(found[tokens][name]) == pytest.approx(value(term), rel=2e-3)
+    losses = [value(found[k]["loss"]) for k in found]
     assert losses == sorted(losses)
     assert losses[0] < 0.9 * losses[-1]
 
