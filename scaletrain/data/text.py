@@ -118,9 +118,9 @@ def pad(arrays: Sequence[npt.NDArray[Any]], fill: int) -> torch.Tensor:
 class LanguageDataset(Dataset):
     """Examples of a language model: {input_ids (t,), labels (t,)} and, where samples are isolated, position_ids (t,).
 
-    Batches: input_ids, labels and position_ids (B, T), lengths (B,), the real positions of each, learned (K,), the
-    places in B · T that have a label. Padding is at the right, where a causal model needs no mask; position_ids restart
-    in every sample of a pack, and are 0 in padding.
+    Batches: input_ids, labels and position_ids (B, T); lengths (B,), the real positions of each; learned (K,), the
+    places in (B · T) that have a label, so that no device is asked for them. Padding is at the right, where a causal
+    model needs no mask; position_ids restart in every sample of a pack, and are 0 in padding.
     """
 
     def __init__(self, tokens: Tokens, fill: int):
@@ -142,8 +142,8 @@ class LanguageDataset(Dataset):
         """Pad to the longest."""
         fills = {"input_ids": self.fill, "labels": IGNORE, "position_ids": 0}
         batch = {k: pad([e[k] for e in examples], fill) for k, fill in fills.items() if k in examples[0]}
-        learned = (batch["labels"].flatten() != IGNORE).nonzero()[:, 0]
-        return batch | {"lengths": torch.tensor([len(e["labels"]) for e in examples]), "learned": learned}
+        batch["lengths"] = torch.tensor([len(e["labels"]) for e in examples])
+        return batch | {"learned": (batch["labels"].flatten() != IGNORE).nonzero().squeeze(1)}
 
     def _labels(self, start: int, stop: int) -> Ints:
         """Return what follows each of the places from start to stop of the flat array, or IGNORE: (stop - start,)."""
