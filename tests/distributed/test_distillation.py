@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.distributed.engines import ENGINES
 from tests.launch import metrics, run
@@ -28,8 +31,14 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipes' data, with a teacher that is sure of what it says."""
     folder = tmp_path_factory.mktemp("distillation")
     make_data(folder)
+    shutil.copytree(folder / "llama", folder / "teacher")
+    weights = load_file(folder / "teacher" / "model.safetensors")
+    torch.manual_seed(1)
+    sure = {name: torch.randn_like(tensor) * 0.3 for name, tensor in weights.items()}
+    save_file(sure, folder / "teacher" / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -40,6 +49,7 @@ def test_two_processes_distil_as_one(
 ) -> None:
     """The teacher is held in parts, too, where the engine does that; what it says is written anew by two processes."""
     always = ["train.duration=6 steps", "networks.teacher.shard=true", "evaluate.samples=0", "checkpoint.every=6 steps"]
+    always += [f"networks.teacher.path={data}/teacher", "players.student.optimizer.lr=0.01"]
     words = ["run", "lm/distill", *overrides("lm/distill", data), *always, *CASES[case], "--root", tmp_path]
     figures = []
     for name, processes in (("one", 1), ("two", 2)):
@@ -48,4 +58,5 @@ def test_two_processes_distil_as_one(
         kept = [r for r in metrics(tmp_path / name) if r["kind"] in ("train", "evaluate")]
         figures.append([r[k] for r in kept for k in ("loss", "cross_entropy")])
     assert len(figures[0]) >= 14
+    assert min(figures[0]) > 0.1
     assert figures[1] == pytest.approx(figures[0], rel=1e-4)
