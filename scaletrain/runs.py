@@ -35,6 +35,7 @@ from scaletrain.data.stream import Stream
 from scaletrain.engine.choice import build_engine, check_launch, engine_name
 from scaletrain.engine.precision import check_precision
 from scaletrain.engine.world import World
+from scaletrain.enrichment import do_ahead
 from scaletrain.errors import Interrupted, UserError
 from scaletrain.finished import report_on
 from scaletrain.guard import Rollback
@@ -266,8 +267,13 @@ class _Run:
         if len(data.train) < self.world.size:
             raise UserError(f"{self.world.size} processes, but data.train has only {len(data.train)} example(s).")
         specs = self._continued(stage, objective.networks())
-        check_names(stage.recipe, objective.turns, specs)
+        check_names(stage.recipe, objective.turns, {**specs, **self._early(stage, objective)})
         return objective, data, specs
+
+    def _early(self, stage: Stage, objective: Objective[Any]) -> dict[str, NetworkSpec]:
+        """Return the networks that are needed before the training alone."""
+        ahead = objective.ahead()
+        return self._continued(stage, ahead.networks) if ahead else {}
 
     def _stage(self, stage: Stage, saved: Path | None, signals: StopSignals) -> dict[str, float]:
         """Train one stage, from its checkpoint if it has one. Returns its last evaluation."""
@@ -303,6 +309,9 @@ class _Run:
             self._check_facts(progress, data, stage)
         elif not skipped:
             self.world.on_main(lambda: say(objective, data))
+        if ahead := objective.ahead():
+            early = self._early(stage, objective)
+            do_ahead(ahead, early, stage, self.shelf, self.world, lambda: bool(signals.asked))
         progress.skipped = sorted({*progress.skipped, *skipped})
         engine = build_engine(self.world, stage.recipe.train.precision)
         networks, weights = self.world.agree(

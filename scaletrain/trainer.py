@@ -6,7 +6,7 @@ while step < steps:
         if step % turn.every: continue
         player = players[turn.player]; only its networks require grad
         for repeat in range(turn.repeats):
-            micros = the next accumulation window
+            micros = the next accumulation window               # enriched by its objective, where that says so
             counts = sum over ranks and micros of objective.counts      # before forward; > 0 or an error on every rank
             for micro in micros:
                 seed everything from (seed, stage, step, turn, repeat, global micro-batch number)
@@ -43,6 +43,7 @@ from scaletrain.engine import savers
 from scaletrain.engine.base import Engine
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
+from scaletrain.enrichment import enriched
 from scaletrain.errors import Interrupted, UserError, agreed
 from scaletrain.evaluator import Evaluator
 from scaletrain.guard import Rollback, Spikes
@@ -203,8 +204,8 @@ class Trainer:
     def _take(self, turn: Turn, repeat: int, signals: StopSignals, logged: bool) -> dict[str, float]:
         """Take a turn once: one window, one update. Returns figures for the log where this step is logged."""
         player, device = self.players[turn.player], self.world.device
-        networks = self.engine.view(player)
         micros, counts = self._next(turn, repeat, signals)
+        networks = self.engine.view(player)
         sums: dict[str, torch.Tensor] = {}
         terms: dict[str, Term] = {}
         losses = []
@@ -258,6 +259,8 @@ class Trainer:
     def _next(self, turn: Turn, repeat: int, signals: StopSignals) -> tuple[list[Micro], dict[str, int]]:
         """Return the next window and the global counts. One small sum over ranks carries errors and signals too."""
         window = next(self._windows)
+        if self.objective.enriching:
+            window = enriched(window, turn, self.crew, self.recipe, (self.stage.name, self.progress.step, repeat))
         micros: list[Micro] = [] if isinstance(window, Failure) else window
         failure = window.message if isinstance(window, Failure) else ""
         own: dict[str, int] = {}

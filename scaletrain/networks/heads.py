@@ -104,6 +104,10 @@ def judged(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([loss, (logits.argmax(-1) == targets).sum().to(loss.dtype)])
 
 
+STATES = ("hidden_states", "attentions")
+"""What a network returns of every layer where `output_hidden_states` or `output_attentions` asks for it."""
+
+
 def reducing(model: nn.Module) -> nn.Module:
     """Have a causal language model of transformers take a reduction, where its head is a plain matrix, and noise."""
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -232,7 +236,7 @@ class Reducing:
         noise: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the output of the network, or what the reduction makes of its logits.
+        """Return the output of the network, or what the reduction makes of its logits, with the states asked for.
 
         noise: (B, T), what is added to each embedding is drawn uniformly from ± this / √H (Jain et al., 2023,
         "NEFTune", algorithm 1).
@@ -242,16 +246,18 @@ class Reducing:
             kwargs["inputs_embeds"] = _noised(model, kwargs.pop("input_ids", None), kwargs.get("inputs_embeds"), noise)
         if reduction is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        hidden = model.get_decoder()(*args, **kwargs).last_hidden_state
+        found = model.get_decoder()(*args, **kwargs)
         assert learned is not None
-        places = hidden.flatten(0, 1).index_select(0, learned)
-        return model.get_output_embeddings()(
+        places = found.last_hidden_state.flatten(0, 1).index_select(0, learned)
+        reduced = model.get_output_embeddings()(
             places,
             reduction=reduction,
             others=others,
             per_token=per_token,
             shape=_shape(model.config.get_text_config()),
         )
+        states = {name: found[name] for name in STATES if kwargs.get(f"output_{name}")}
+        return (reduced, states) if states else reduced
 
 
 def _noised(model: Any, ids: Tensor | None, embedded: Tensor | None, noise: Tensor) -> Tensor:

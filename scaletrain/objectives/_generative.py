@@ -53,7 +53,7 @@ class Generative(base.Objective[G]):
     """An objective over `tokenizer`, whose network `speaker` continues texts in the format of the data."""
 
     takes_prompts: ClassVar[bool] = True
-    speaker: ClassVar[str] = "model"
+    speaker: str = "model"
 
     def __init__(self, config: G, recipe: Recipe):
         super().__init__(config, recipe)

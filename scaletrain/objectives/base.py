@@ -6,8 +6,9 @@ It knows no optimiser, no rank, no device and no engine. The life of one:
 1. `Objective(config, recipe)`: check what the recipe alone can tell; raise UserError.
 2. `prepare(rows)`: learn from the data what `networks()` has to say: vocabulary, classes, image shape; then
    `examples(rows)`: read, check and tokenise them. Where there is a checkpoint and no data (sample, export),
-   `restore(folders)` takes the place of `prepare`.
-3. `counts`, `loss`, `after_update` in the loop; `evaluate`, `sample` between; `report` once at the end of the run.
+   `restore(folders)` takes the place of `prepare`. What frozen networks have to say of the data, once, is `ahead()`.
+3. `enrich`, `counts`, `loss`, `after_update` in the loop; `evaluate`, `sample` between; `report` once at the end of the
+   run.
 """
 
 from __future__ import annotations
@@ -97,6 +98,20 @@ class Report:
     pictures: dict[str, Samples] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Work that frozen networks do once, before the training, and that is kept on disk: the training does without them.
+
+    networks: which, by name. missing: gives the numbers of the parts of the work that are not done yet. do: does one,
+    of these networks on this device, without gradients; called on every rank equally often, perhaps twice for the same
+    part, and calls the networks as often for each part.
+    """
+
+    networks: Mapping[str, NetworkSpec]
+    missing: Callable[[], list[int]]
+    do: Callable[[Networks, torch.device, int], None]
+
+
 class Objective(ABC, Generic[C]):
     """A family's training rule over named networks. Subclasses are final and called `Objective`."""
 
@@ -108,6 +123,8 @@ class Objective(ABC, Generic[C]):
     """Whether an example is not simply a row, so that the rows of a stream become examples a window at a time."""
     takes_prompts: ClassVar[bool] = False
     """Whether `sample` heeds the prompts of a request."""
+    enriching: bool = False
+    """Whether `enrich` does something. Set it in `__init__` when it depends on options."""
     throughput: ClassVar[str] = "samples"
     """The unit, among those of `counts` or `samples`, that the progress line gives per second."""
 
@@ -155,6 +172,22 @@ class Objective(ABC, Generic[C]):
 
         `networks.<name>.type` and `config` may be left out of a recipe where the family has a default.
         """
+
+    def ahead(self) -> Ahead | None:
+        """Return what frozen networks, which `networks` then leaves out, have to do before the training, or None."""
+        return None
+
+    def enrich(
+        self, turn: Turn, networks: Networks, window: Sequence[Batch], seeds: Sequence[int], device: torch.device
+    ) -> list[Batch]:
+        """Return the micro-batches of a window, still on the CPU, with what networks make of them before they are
+        counted: continuations, replayed or refined samples. Called, without gradients, where `enriching` is set.
+
+        networks: plain ones, on the device. seeds: one for each micro-batch, a function of its position; torch's
+        global generators are seeded by the window's, so that what is drawn from them is the same on all ranks. Each
+        rank must call networks equally often for each micro-batch, whatever is in it: they may be held in parts.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:

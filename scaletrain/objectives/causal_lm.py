@@ -60,8 +60,8 @@ PROMPTS, PROMPT_TOKENS = 64, 16
 """How many prompts are taken from the data, and their length where the data has no prompts."""
 
 
-class Config(GenerativeConfig):
-    """Options of the objective."""
+class LanguageConfig(GenerativeConfig):
+    """Options of every objective over a causal language model: its rows, and how texts are drawn."""
 
     format: formats.FormatName | None = None
     """text, completion, chat, conversations, alpaca or chat_completion; by default what the columns tell."""
@@ -72,6 +72,11 @@ class Config(GenerativeConfig):
     chat_template: str | None = None
     """A Jinja file, in place of the tokenizer's own chat template."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+
+
+class Config(LanguageConfig):
+    """Options of the objective."""
+
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread over the whole vocabulary (Szegedy et al., 2016), in training only."""
     z_loss: float = Field(0.0, ge=0)
@@ -82,17 +87,20 @@ class Config(GenerativeConfig):
 
 @final
 class Objective(Generative[Config]):
-    """Next-token prediction by one network, `model`."""
+    """Next-token prediction by one network, `model`; or, for an objective over several, what concerns the one named."""
 
     throughput: ClassVar[str] = "tokens"
     windowed: ClassVar[bool] = True
     data_keys: ClassVar[frozenset[str]] = frozenset({"seq_len", "packing"})
 
-    def __init__(self, config: Config, recipe: Recipe):
+    def __init__(self, config: Config, recipe: Recipe, network: str = "model"):
         super().__init__(config, recipe)
-        self.spec = recipe.networks.get("model", NetworkSpec())
+        self.speaker = network
+        self.spec = recipe.networks.get(network, NetworkSpec())
         if not (self.spec.path or self.spec.source or "model_type" in self.spec.config):
-            raise UserError("networks.model: give the `path` of a pretrained network, or a `config` with a model_type.")
+            raise UserError(
+                f"networks.{network}: give the `path` of a pretrained network, or a `config` with a model_type."
+            )
         self._format: formats.FormatName = config.format or "text"
         self._checked = False
         self._embeddings: int | None = None
@@ -165,7 +173,7 @@ class Objective(Generative[Config]):
         if given.path:
             return load_tokenizer(given.path, "objective.tokenizer.path")
         if self.spec.path and not given.vocab_size:
-            return load_tokenizer(self.spec.path, "networks.model.path")
+            return load_tokenizer(self.spec.path, f"networks.{self.speaker}.path")
         if self.spec.source and not given.vocab_size:
             raise UserError(f"{self.spec.source} has no tokenizer: set objective.tokenizer.path.")
         size = given.vocab_size or self.spec.config.get("vocab_size", VOCABULARY)
@@ -177,15 +185,15 @@ class Objective(Generative[Config]):
         """Check the network's embeddings, of tokens and of positions, before a weight is read."""
         from scaletrain.networks import causal_lm
 
-        spec, tokenizer = self.networks()["model"], self.tokenizer
+        spec, tokenizer = self.networks()[self.speaker], self.tokenizer
         assert tokenizer is not None
         if spec.source:
             return  # its weights fit its configuration, and its tokenizer came with it
-        config = decode(causal_lm.Config, spec.config, "networks.model.config").read_as(spec)
+        config = decode(causal_lm.Config, spec.config, f"networks.{self.speaker}.config").read_as(spec)
         settings = (
             causal_lm.read_config(spec.path, config) if spec.path else causal_lm.new_config(config)
         ).get_text_config()
-        check_vocabulary(tokenizer, settings.vocab_size, "networks.model")
+        check_vocabulary(tokenizer, settings.vocab_size, f"networks.{self.speaker}")
         self._embeddings = settings.vocab_size
         limit = getattr(settings, "max_position_embeddings", None)
         wanted = self.config.sampling.max_new_tokens
@@ -196,14 +204,14 @@ class Objective(Generative[Config]):
         if limit and seq_len > limit:
             raise UserError(
                 f"data.seq_len={seq_len}: the network has {limit} positions. Lower it, or, for a new network, raise "
-                "networks.model.config.max_position_embeddings."
+                f"networks.{self.speaker}.config.max_position_embeddings."
             )
 
     def restore(self, folders: Mapping[str, Path]) -> None:
         """Take the tokenizer and the format of prompts from the network's folder."""
-        if "model" in folders:
-            self.tokenizer = load_tokenizer(str(folders["model"]), "the network's folder")
-            written = folders["model"] / FORMAT_FILE
+        if self.speaker in folders:
+            self.tokenizer = load_tokenizer(str(folders[self.speaker]), "the network's folder")
+            written = folders[self.speaker] / FORMAT_FILE
             self._format = json.loads(written.read_text())["format"] if written.exists() else self._format
 
     def save_assets(self, network: str, folder: Path) -> None:
@@ -218,7 +226,7 @@ class Objective(Generative[Config]):
         if not (spec.path or spec.source):
             assert self.tokenizer is not None
             spec = spec.model_copy(update={"config": {**special_ids(self.tokenizer), **spec.config}})
-        return {"model": spec}
+        return {self.speaker: spec}
 
     def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
         """Return the learned tokens, `targets`, and the real ones, `tokens`."""
@@ -226,7 +234,7 @@ class Objective(Generative[Config]):
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the sum of the cross-entropy over the learned tokens; as a figure, too, where that is changed."""
-        model, alpha = networks["model"], self.config.neftune_alpha
+        model, alpha = networks[self.speaker], self.config.neftune_alpha
         if not self._checked:
             check_attention(model, batch, self.recipe.data.packing)
             if alpha and not heads.takes_noise(model):
@@ -241,7 +249,7 @@ class Objective(Generative[Config]):
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the loss without smoothing, and how many learned tokens are the most likely ones."""
-        loss, right = self._sums(networks["model"], batch, heads.judged)
+        loss, right = self._sums(networks[self.speaker], batch, heads.judged)
         return {"loss": Term(loss, per="targets"), "accuracy": Term(right, per="targets", weight=0.0)}
 
     @staticmethod

@@ -78,6 +78,12 @@ def overrides(recipe: str, folder: Path) -> list[str]:
         "lm/full": [f"data.train={folder}/prompts.jsonl", f"networks.model.path={folder}/llama", "data.seq_len=48"],
         "lm/qlora": [f"data.train={folder}/prompts.jsonl", f"networks.model.path={folder}/llama", "data.seq_len=48"],
         "text/transfer": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
+        "lm/distill": [
+            f"data.train={folder}/prompts.jsonl",
+            f"networks.teacher.path={folder}/llama",
+            f"networks.student={{path: {folder}/llama, config: {{num_hidden_layers: 1}}}}",
+            "data.seq_len=48",
+        ],
         "text/classify": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [

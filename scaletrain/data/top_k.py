@@ -1,0 +1,143 @@
+"""A teacher's most likely tokens at every learned place of a data set: written to the cache once, in parts, and read.
+
+Shapes: K learned places of a batch, k tokens of each, n places of one example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from scaletrain.data.cache import cache_root, cached, content_key
+from scaletrain.data.dataset import Dataset, Example
+from scaletrain.data.text import LanguageDataset
+from scaletrain.errors import UserError
+
+CALLS = 16
+"""Batches of a part. Each part has as many: processes that hold a teacher together call it equally often."""
+_KIND = "top_k"
+
+
+class _Part(NamedTuple):
+    ids: npt.NDArray[Any]
+    """(places, k) uint16 or int32."""
+    logs: npt.NDArray[np.float16]
+    """(places, k or k + 1): logarithms of their probabilities, and of all others together."""
+    starts: npt.NDArray[np.int64]
+    """(examples + 1,) where the places of each example begin."""
+
+
+class TopK:
+    """What is kept of a teacher for one data set: by content, so that it is found again whatever run asks.
+
+    about: what beside the examples determines it: the teacher, the temperature, how many tokens. batch: examples that
+    the teacher is given at a time.
+    """
+
+    def __init__(self, dataset: LanguageDataset, batch: int, *about: object):
+        self.dataset, self.batch = dataset, batch
+        self._kind = f"{_KIND}/{content_key(_content(dataset), batch, *about)}"
+        self._open: dict[int, _Part] = {}
+
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+        return -(-len(self.dataset) // self._size)
+
+    @property
+    def _size(self) -> int:
+        return CALLS * self.batch
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the parts that are not written yet."""
+        folder = cache_root() / self._kind
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return [number for number in range(self.parts) if _name(number) not in there]
+
+    def calls(self, part: int) -> list[range]:
+        """Return the examples of each batch of a part; at the end of the data, some have none."""
+        begin, end = part * self._size, min((part + 1) * self._size, len(self.dataset))
+        starts = range(begin, begin + self._size, self.batch)
+        return [range(min(start, end), min(start + self.batch, end)) for start in starts]
+
+    def write(self, part: int, found: Sequence[tuple[torch.Tensor, torch.Tensor]], lengths: Sequence[int]) -> None:
+        """Write a part, whole or not at all. found: (K, k) tokens and (K, k or k + 1) logarithms of each batch.
+
+        lengths: learned places of each example.
+        """
+        ids, logs = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
+
+        def fill(folder: Path) -> None:
+            np.save(folder / "ids.npy", ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.int32))
+            np.save(folder / "logs.npy", logs.astype(np.float16))
+            np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+        cached(self._kind, _name(part), fill)
+
+    def of(self, example: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16]]:
+        """Return tokens (n, k) and logarithms (n, k or k + 1) at the learned places of an example."""
+        number, own = divmod(example, self._size)
+        if number not in self._open:
+            folder = cache_root() / self._kind / _name(number)
+            if not folder.is_dir():
+                raise UserError(
+                    f"{folder} is not there: what the teacher says of these data is written when a run starts, and was "
+                    "removed since, or they are other data. Start the run again (scaletrain run)."
+                )
+            arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _Part._fields)
+            self._open[number] = _Part(*arrays)
+        part = self._open[number]
+        span = slice(*part.starts[own : own + 2].tolist())
+        return part.ids[span], part.logs[span]
+
+
+class WithTopK(Dataset):
+    """A language model's examples with what a teacher says of each, which must have been written when one is taken.
+
+    Batches: teacher_ids (K, k) and teacher_logs (K, k or k + 1) float32, normalised, beside those of the data set.
+    """
+
+    def __init__(self, dataset: LanguageDataset, kept: TopK):
+        self.dataset, self.kept = dataset, kept
+        self.decodes, self.tokens_per_example = dataset.decodes, dataset.tokens_per_example
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """Return the example, with what the teacher says of it."""
+        ids, logs = self.kept.of(index)
+        return {**self.dataset.example(index, rng), "teacher_ids": ids, "teacher_logs": logs}
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Collate as the data set does: its learned places stand example by example, too."""
+        ids = np.concatenate([example["teacher_ids"] for example in examples]).astype(np.int64)
+        logs = torch.from_numpy(np.concatenate([example["teacher_logs"] for example in examples])).float()
+        batch = self.dataset.collate(examples)
+        return {**batch, "teacher_ids": torch.from_numpy(ids), "teacher_logs": logs.log_softmax(-1)}
+
+    def name(self, index: int) -> str:
+        """Say which rows these are."""
+        return self.dataset.name(index)
+
+
+def _name(part: int) -> str:
+    return f"{part:06d}"
+
+
+def _content(dataset: LanguageDataset) -> str:
+    """Hash the examples: all tokens and what is learned of them; and some examples, as they are cut and packed."""
+    digest = hashlib.sha256()
+    for array in dataset.tokens:
+        if array is not None:
+            digest.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+    for index in np.linspace(0, len(dataset) - 1, min(len(dataset), 64)).astype(int).tolist():
+        for name, value in sorted(dataset.at(index).items()):
+            digest.update(f"{name} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    return content_key(digest.hexdigest(), type(dataset).__name__, len(dataset))
