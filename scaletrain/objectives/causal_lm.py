@@ -88,7 +88,7 @@ class Objective(base.Objective[Config]):
             raise UserError("networks.model: give the `path` of a pretrained network, or a `config` with a model_type.")
         self.tokenizer: PreTrainedTokenizerFast | None = None
         self._format: formats.FormatName = config.format or "text"
-        self._prompts: list[list[int]] = []
+        self.prompts: list[list[int]] = []
         self._checked = False
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
@@ -97,7 +97,7 @@ class Objective(base.Objective[Config]):
             raise UserError("data.seq_len is missing: say how many tokens a sequence may have.")
         self._format = formats.detect(train, self.config.format)
         self.tokenizer = self.tokenizer or self._find_tokenizer(train)
-        self._check_network(self.recipe.data.seq_len)
+        self.check_network(self.recipe.data.seq_len)
         # One of its own: a tokenizer must not be used by two threads at a time.
         self._language = copy.deepcopy(formats.language_format(self._format, self.tokenizer))
 
@@ -114,7 +114,7 @@ class Objective(base.Objective[Config]):
         else:
             found = Samples(tokens, rows, seq_len, fill, packed=packing, empty=window)
         if not window:
-            self._prompts = list(_prompts(tokens))
+            self.prompts = list(_prompts(tokens))
         return found
 
     def facts(self) -> dict[str, str]:
@@ -134,7 +134,7 @@ class Objective(base.Objective[Config]):
         texts = formats.texts(train.sample(TOKENIZER_ROWS) if train.streaming else train, self._format)
         return train_tokenizer(texts, size, f"{self._format} {train.fingerprint}")
 
-    def _check_network(self, seq_len: int) -> None:
+    def check_network(self, seq_len: int) -> None:
         """Check the network's embeddings, of tokens and of positions, before a weight is read."""
         from scaletrain.networks import causal_lm
 
@@ -222,7 +222,7 @@ class Objective(base.Objective[Config]):
                 )
         how = decode(SamplingConfig, options, "sampling")
         fmt: Any = formats.language_format("completion" if self._format == "text" else self._format, tokenizer)
-        prompts = [fmt.prompt(p) for p in request.prompts] or self._prompts or [[]]
+        prompts = [fmt.prompt(p) for p in request.prompts] or self.prompts or [[]]
         start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
         count = max(request.count, len(request.prompts))
         prompts = [prompts[i * len(prompts) // count] or [start] for i in range(count)]
