@@ -65,6 +65,8 @@ class Answered(Format):
         """Tokenise, as the format does that it is written in. Raises UserError that names the row."""
         rows = list(zip(*values, names, strict=True))
         for _, answer, name in rows:
+            if not (self.chat or isinstance(answer, str)):
+                raise UserError(f"{name}: `{self.answer}` must be a text, not {_kind(answer)}.")
             if isinstance(answer, str) and not answer.strip():
                 raise UserError(f"{name}: `{self.answer}` is empty.")
         if not self.chat:
@@ -103,9 +105,12 @@ def _messages(value: Any, role: str | None, column: str, name: str) -> list[Any]
     if isinstance(value, str) and role:
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else "nothing" if value is None else f"a {type(value).__name__}"
-        raise UserError(f"{name}: `{column}` must be a list of messages, not {found}.")
+        raise UserError(f"{name}: `{column}` must be a list of messages, not {_kind(value)}.")
     return value
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else "an empty list" if value == [] else type(value).__name__
 
 
 class Spans(NamedTuple):
