@@ -288,17 +288,12 @@ def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 @contextmanager
 def _adapter_off(network: nn.Module) -> Iterator[None]:
-    """Have a network, wrapped or not, be what it was before its adapter, and without dropout.
-
-    peft takes the adapter's gradients away meanwhile; FSDP2 would remember that of weights that it gathers then.
-    """
+    """Have a network, wrapped or not, be what it was before its adapter, and without dropout."""
     adapted: Any = next(module for module in network.modules() if hasattr(module, "disable_adapter"))
-    training, trained = network.training, [p for p in adapted.parameters() if p.requires_grad]
+    training = network.training
     network.eval()
     try:
         with adapted.disable_adapter():
-            for parameter in trained:
-                parameter.requires_grad_(True)
             yield
     finally:
         network.train(training)
