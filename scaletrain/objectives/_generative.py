@@ -59,7 +59,7 @@ class Generative(base.Objective[G]):
         super().__init__(config, recipe)
         self.tokenizer: PreTrainedTokenizerFast | None = None
         self._format: formats.FormatName = "text"
-        self._prompts: list[list[int]] = []
+        self.prompts: list[list[int]] = []
 
     def check_judge(self) -> None:
         """Raise UserError where answers are to be compared and the data have none."""
@@ -70,7 +70,7 @@ class Generative(base.Objective[G]):
         """Continue prompts: those of the request, else some of the data, else nothing but the end of text."""
         tokenizer, fmt = self._language_of_prompts()
         how = self.config.sampling.changed(request.options)
-        prompts = [fmt.prompt(p) for p in request.prompts] or self._prompts or [[]]
+        prompts = [fmt.prompt(p) for p in request.prompts] or self.prompts or [[]]
         start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
         count = max(request.count, len(request.prompts))
         prompts = [prompts[i * len(prompts) // count] or [start] for i in range(count)]

@@ -197,6 +197,17 @@ class Objective(ABC, Generic[C]):
     def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the terms of this turn's loss. torch's global generators are seeded by position before the call."""
 
+    surveys: bool = False
+    """Whether the loss needs `survey`."""
+
+    def survey(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return, of a micro-batch, what the loss must know of the whole global batch; without gradients.
+
+        Called for all micro-batches of a window before the first `loss`, to which each is then given in its batch: ()
+        tensors by name, the sum over all divided by its count.
+        """
+        return {}
+
     def after_update(self, player: Player, networks: Networks) -> None:
         """Do what follows an update: target networks, weight clipping, codebooks. Not called when it was skipped.
 

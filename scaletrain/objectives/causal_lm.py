@@ -118,7 +118,7 @@ class Objective(Generative[Config]):
         self.tokenizer = self.tokenizer or self._find_tokenizer(train)
         if self.config.chat_template:
             self.tokenizer.chat_template = read_chat_template(self.config.chat_template)
-        self._check_network(self.recipe.data.seq_len)
+        self.check_network(self.recipe.data.seq_len)
         for name in names:
             formats.language_format(name, self.tokenizer, self.config.learn)
         # One of its own: a tokenizer must not be used by two threads at a time.
@@ -144,7 +144,7 @@ class Objective(Generative[Config]):
         else:
             found = Samples(tokens, rows, seq_len, fill, packed=packing, empty=window)
         if not window:
-            self._prompts = list(_prompts(tokens))
+            self.prompts = list(_prompts(tokens))
         return found
 
     def _readers(self, rows: Rows) -> list[formats.Format]:
@@ -181,7 +181,7 @@ class Objective(Generative[Config]):
         texts = chain.from_iterable(formats.texts(run, formats.detect(run, self.config.format)) for run in runs)
         return train_tokenizer(texts, size, f"{self._format} {train.fingerprint}")
 
-    def _check_network(self, seq_len: int) -> None:
+    def check_network(self, seq_len: int) -> None:
         """Check the network's embeddings, of tokens and of positions, before a weight is read."""
         from scaletrain.networks import causal_lm
 

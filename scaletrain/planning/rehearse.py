@@ -35,9 +35,9 @@ from scaletrain.data.stream import WINDOW, Stream
 from scaletrain.engine.choice import build_engine
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
-from scaletrain.objectives.base import Data, Objective
+from scaletrain.objectives.base import Data, Networks, Objective
 from scaletrain.planning.ledger import AVERAGE, GRADIENTS, OPTIMISER, WEIGHTS, Ledger
-from scaletrain.player import Player
+from scaletrain.player import Player, Turn
 from scaletrain.shelf import Shelf
 from scaletrain.snapshot import Snapshot
 from scaletrain.trainer import Trainer
@@ -154,10 +154,11 @@ class Rehearsal:
             with self._watched():
                 networks = engine.view(player)
                 for number in range(min(accumulate, 2), 0, -1):
-                    inputs = {name: self._fake.from_tensor(tensor) for name, tensor in batch.items()}
+                    inputs: Batch = {name: self._fake.from_tensor(tensor) for name, tensor in batch.items()}
                     with engine.accumulate(player, last=number == 1):
                         with self._autocast():
-                            terms = self._objective.loss(turn, networks, inputs)
+                            known = self._surveyed(turn, networks, inputs, counts)
+                            terms = self._objective.loss(turn, networks, {**inputs, **known})
                         loss: Any = sum(t.weight / counts[t.per] * t.sum.float() for t in terms.values() if t.weight)
                         engine.backward(player, loss)
                     del terms, loss, inputs
@@ -188,6 +189,15 @@ class Rehearsal:
         for name, module in networks.items():
             module.train(training[name])
         return self._peak()
+
+    def _surveyed(
+        self, turn: Turn, networks: Networks, inputs: Batch, counts: Mapping[str, int]
+    ) -> dict[str, torch.Tensor]:
+        if not self._objective.surveys:
+            return {}
+        with torch.no_grad():
+            found = self._objective.survey(turn, networks, inputs)
+        return {name: term.sum / counts[term.per] for name, term in found.items()}
 
     def _peak(self) -> Peak:
         ledger, unseen = self._ledger, sum(map(_unseen, self.crew.players.values()))

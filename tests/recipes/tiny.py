@@ -16,7 +16,7 @@ def text(draw: random.Random, words: int) -> str:
 
 
 def make_data(folder: Path) -> None:
-    """Write a text, prompts with completions, labelled sentences, and two pretrained networks with a tokenizer."""
+    """Write texts, rows of each family of text, and two pretrained networks with a tokenizer."""
     draw = random.Random(0)
     (folder / "text.txt").write_text("\n".join(text(draw, 12) for _ in range(300)))
     with (folder / "prompts.jsonl").open("w") as file:
@@ -27,7 +27,19 @@ def make_data(folder: Path) -> None:
         for _ in range(120):
             sentence = text(draw, draw.randint(2, 9))
             file.write(json.dumps({"text": sentence, "label": int("cat" in sentence)}) + "\n")
+    make_preferences(folder, draw)
     make_networks(folder)
+
+
+def make_preferences(folder: Path, draw: random.Random) -> None:
+    """Write pairs of answers, of which the chosen one speaks of a cat, and answers judged by that."""
+    with (folder / "pairs.jsonl").open("w") as pairs, (folder / "judged.jsonl").open("w") as judged:
+        for i in range(120):
+            prompt = text(draw, draw.randint(1, 9))
+            good, bad = (f" {text(draw, draw.randint(1, 9))} {animal}" for animal in ("cat", "dog"))
+            pairs.write(json.dumps({"prompt": prompt, "chosen": good, "rejected": bad}) + "\n")
+            row = {"prompt": prompt, "completion": good if i % 2 else bad, "label": bool(i % 2)}
+            judged.write(json.dumps(row) + "\n")
 
 
 def make_networks(folder: Path) -> None:
@@ -84,6 +96,14 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             f"networks.student={{path: {folder}/llama, config: {{num_hidden_layers: 1}}}}",
             "data.seq_len=48",
         ],
+        **{
+            f"lm/{name}": [
+                f"data.train={folder}/{'judged' if name == 'kto' else 'pairs'}.jsonl",
+                f"networks.model.path={folder}/llama",
+                "data.seq_len=32",
+            ]
+            for name in ("dpo", "orpo", "simpo", "kto")
+        },
         "text/classify": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [

@@ -1,0 +1,299 @@
+"""A language model that learns which answers are preferred: DPO, IPO, ORPO and SimPO on pairs, KTO on judged answers.
+
+log π(y|x) = Σ log p(y_t | x, y_<t) over the tokens of an answer, for the network and, where the loss has one, for the
+reference: what the network was before. See `preference_losses` for what is made of them.
+Shapes: S answers, P = S / 2 pairs, K learned tokens, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain.config import NetworkSpec, Recipe, Strict
+from scaletrain.data import preferences
+from scaletrain.data.formats import FormatName, language_format
+from scaletrain.data.preferences import MISMATCHED, Answered, Preferences, Sequences, Shape
+from scaletrain.data.text import encode, tokenise
+from scaletrain.data.tokenizers import TokenizerConfig, filler, leading, load_tokenizer
+from scaletrain.errors import UserError
+from scaletrain.networks import heads
+from scaletrain.objectives import base, causal_lm
+from scaletrain.objectives.base import Networks, Request, Samples
+from scaletrain.objectives.causal_lm import SamplingConfig, check_attention
+from scaletrain.objectives.preference_losses import KTO, Loss, Pairwise, signed
+from scaletrain.player import Batch, Term, Turn
+
+if TYPE_CHECKING:
+    from scaletrain.data.sources import Rows
+
+_KEEPS = frozenset(("lora", "rslora", "dora", "vera", "ia3", "prompt"))
+"""Adapters that leave the weights under them as they are, so that the network without one is what it was before."""
+
+
+class Config(Strict):
+    """Options of the objective."""
+
+    loss: Loss
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+@final
+class Objective(base.Objective[Config]):
+    """Preferences for one network, `model`, perhaps against a frozen one, `reference`.
+
+    Where a loss has a reference and the recipe names none, it is the model without its adapter; of a model that is
+    trained whole, or goes on from another network of a run, a frozen copy of what it begins with.
+    """
+
+    throughput: ClassVar[str] = "tokens"
+    windowed: ClassVar[bool] = True
+    data_keys: ClassVar[frozenset[str]] = frozenset({"seq_len", "packing"})
+
+    def __init__(self, config: Config, recipe: Recipe):
+        super().__init__(config, recipe)
+        self.spec = recipe.networks.get("model", NetworkSpec())
+        if not (self.spec.path or self.spec.source):
+            raise UserError(
+                "networks.model: give the `path` of a trained network, or `from`: it already answers prompts."
+            )
+        if config.tokenizer.vocab_size:
+            raise UserError("objective.tokenizer.vocab_size: the network has a tokenizer already. Leave it out.")
+        self._check_reference()
+        self.surveys = isinstance(config.loss, KTO)
+        self._language = causal_lm.Objective(self._language_config(None), recipe)
+        self._checked = False
+
+    def _language_config(self, chat: bool | None) -> causal_lm.Config:
+        name: FormatName | None = None if chat is None else "chat" if chat else "completion"
+        return causal_lm.Config(format=name, tokenizer=self.config.tokenizer, sampling=self.config.sampling)
+
+    def _check_reference(self) -> None:
+        given = self.recipe.networks.get("reference")
+        if given is None:
+            return
+        if not self.config.loss.refers:
+            raise UserError(f"networks.reference: {self.config.loss.type} has no reference. Leave it out.")
+        if not given.frozen:
+            raise UserError("networks.reference must have `frozen: true`: it stays what the model was before.")
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Find the form of the rows and the tokenizer, and check the network. Raises UserError."""
+        if self.recipe.data.seq_len is None:
+            raise UserError("data.seq_len is missing: say how many tokens a prompt and its answer may have.")
+        tokenizer = self._language.tokenizer
+        path = self.config.tokenizer.path or self.spec.path
+        if tokenizer is None and path is None:
+            raise UserError(f"{self.spec.source} has no tokenizer: set objective.tokenizer.path.")
+        if tokenizer is None:
+            tokenizer = load_tokenizer(str(path), "networks.model.path")
+        chat = self._detect(train)
+        self._language = causal_lm.Objective(self._language_config(chat), self.recipe)
+        self._language.tokenizer = tokenizer
+        # One of its own: a tokenizer must not be used by two threads at a time.
+        self._written = copy.deepcopy(language_format("chat" if chat else "completion", tokenizer))
+        self._language.check_network(self.recipe.data.seq_len)
+        self._check_vocabulary()
+
+    def _detect(self, rows: Rows) -> bool:
+        """Check the columns. Returns whether the rows are chats rather than texts."""
+        judged = isinstance(self.config.loss, KTO)
+        answers = ("completion",) if judged else ("chosen", "rejected")
+        if judged and "label" not in rows.columns and "chosen" in rows.columns:
+            raise UserError(
+                "these rows have pairs, `chosen` and `rejected`, but kto learns from answers that were judged one by "
+                "one: `prompt`, `completion` and `label`. Take another objective.loss.type, such as dpo."
+            )
+        if not judged and "chosen" not in rows.columns and "label" in rows.columns:
+            raise UserError(
+                f"these rows have answers with a `label`, but {self.config.loss.type} learns from pairs, `chosen` and "
+                "`rejected`. Take objective.loss.type=kto."
+            )
+        for column in answers:
+            rows.require(column, "an answer")
+        if judged:
+            rows.require("label", "whether the answer was desirable")
+            rows.require("prompt", "what the answer is to")
+        self._prompted = "prompt" in rows.columns
+        first = rows.row(0)
+        chat = any(isinstance(first[c], list) for c in (*answers, *(("prompt",) if self._prompted else ())))
+        if not (chat or self._prompted):
+            rows.require("prompt", "what the answers are to; without it, they must be lists of messages")
+        return chat
+
+    def _check_vocabulary(self) -> None:
+        """Raise UserError when a reference that is read from elsewhere has other tokens."""
+        assert self._language.tokenizer is not None
+        reference = self.networks().get("reference")
+        if reference is None or reference.path in (None, self.spec.path):
+            return
+        theirs = load_tokenizer(str(reference.path), "networks.reference.path")
+        if theirs.get_vocab() != self._language.tokenizer.get_vocab():
+            raise UserError(
+                f"networks.reference.path: the tokens of `{reference.path}` are not those of the model, so that "
+                "probabilities cannot be compared. Take the network that the model begins with."
+            )
+
+    def examples(self, rows: Rows, training: bool, window: bool = False) -> Preferences:
+        """Tokenise, leave out what cannot be learned from, and cut or pack. Raises UserError that names the row."""
+        tokenizer, seq_len = self._language.tokenizer, self.recipe.data.seq_len
+        assert tokenizer is not None
+        assert seq_len is not None
+        shape = Shape(seq_len, filler(tokenizer), self.recipe.data.packing, tuple(leading(tokenizer)))
+        chat = self._language.config.format == "chat"
+
+        def answered(column: str, other: str) -> Sequences:
+            fmt = Answered(self._written.tokenizer, self._written, column, chat, None if self._prompted else other)
+            return Sequences.of(encode(rows, fmt) if window else tokenise(rows, fmt))
+
+        if isinstance(self.config.loss, KTO):
+            labels = preferences.judgements(rows.take(["label"], np.arange(len(rows)))["label"], rows)
+            sequences = answered("completion", "")
+            found = preferences.ratings(sequences, labels, rows, shape, self.recipe.seed, quiet=window)
+        else:
+            both = answered("chosen", "rejected"), answered("rejected", "chosen")
+            found = preferences.pairs(*both, rows, shape, quiet=window)
+        if not window:
+            self._language.prompts = found.prompts(causal_lm.PROMPTS)
+        return found
+
+    def facts(self) -> dict[str, str]:
+        """Return the tokenizer's."""
+        return self._language.facts()
+
+    def restore(self, folders: Mapping[str, Path]) -> None:
+        """Take the tokenizer and the format of prompts from the network's folder."""
+        self._language.restore(folders)
+
+    def save_assets(self, network: str, folder: Path) -> None:
+        """Write the tokenizer and the format of prompts beside the network."""
+        self._language.save_assets(network, folder)
+
+    # --- networks -----------------------------------------------------------------------------------------------------
+
+    def networks(self) -> dict[str, NetworkSpec]:
+        """Return the network, and the reference where there is a separate one."""
+        found = self._language.networks()
+        model = found["model"]
+        given = self.recipe.networks.get("reference")
+        if not self.config.loss.refers or (given is None and self._without_adapter()):
+            return found
+        if given is None:
+            # An adapter that goes on from one of another network is folded in.
+            alone = {"frozen": True} | ({"adapter": None} if model.source else {})
+            return found | {"reference": model.model_copy(update=alone)}
+        where = {} if given.path or given.source else {"path": model.path, "source": model.source}
+        return found | {"reference": given.model_copy(update={"type": given.type or model.type, **where})}
+
+    def _without_adapter(self) -> bool:
+        adapter = self.spec.adapter
+        return adapter is not None and adapter.type in _KEEPS and self.spec.source is None
+
+    # --- losses -------------------------------------------------------------------------------------------------------
+
+    def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
+        """Return the pairs, or rows, the tokens of answers that are learned as they are, and the real positions."""
+        tokens, answers = {"tokens": int(batch["lengths"].sum())}, batch["answers"]
+        if isinstance(self.config.loss, KTO):
+            return {"rows": len(answers), **tokens}
+        return {"pairs": len(answers) // 2, "targets": int(answers[::2].sum()), **tokens}
+
+    def survey(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return how far the network is from the reference, by answers to other prompts."""
+        ratios = self._ratios(networks, batch, MISMATCHED)
+        return {"divergence": Term(ratios.sum(), "rows")}
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return the loss over pairs or rows, and figures."""
+        if not self._checked:
+            check_attention(networks["model"], batch, self.recipe.data.packing)
+            self._checked = True
+        if isinstance(self.config.loss, KTO):
+            return self._judged(self.config.loss, networks, batch, batch["divergence"])
+        return self._compared(self.config.loss, networks, batch)
+
+    def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return the same; the divergence that KTO has is that of this batch."""
+        if isinstance(self.config.loss, KTO):
+            divergence = self._ratios(networks, batch, MISMATCHED).mean()
+            return self._judged(self.config.loss, networks, batch, divergence)
+        return self._compared(self.config.loss, networks, batch)
+
+    def _compared(self, loss: Pairwise, networks: Networks, batch: Batch) -> dict[str, Term]:
+        reference = self._reference(networks, batch).view(-1, 2) if loss.refers else None
+        logps = _answer_logps(networks["model"], batch).view(-1, 2)
+        losses, rewards = loss(logps, batch["answers"].view(-1, 2), reference)
+        told = {"accuracy": (rewards[:, 0] > rewards[:, 1]).float(), "margin": rewards[:, 0] - rewards[:, 1]}
+        for i, answer in enumerate(("chosen", "rejected")):
+            told |= {f"reward/{answer}": rewards[:, i], f"logp/{answer}": logps[:, i]}
+        figures = {name: Term(values.detach().sum(), "pairs", 0.0) for name, values in told.items()}
+        if not loss.likelihood:
+            return {"loss": Term(losses.sum(), "pairs"), **figures}
+        likelihood = Term(-logps[:, 0].sum(), "targets", loss.likelihood)
+        return {"preference": Term(losses.sum(), "pairs"), "sft": likelihood, **figures}
+
+    def _judged(self, loss: KTO, networks: Networks, batch: Batch, divergence: Tensor) -> dict[str, Term]:
+        desirable, ratios = batch["labels"], self._ratios(networks, batch)
+        value = signed(ratios.detach() - divergence.clamp(min=0), desirable)
+        told = {
+            "accuracy": (value > 0).float(),
+            "margin": loss.beta * signed(ratios.detach(), desirable),
+            "divergence": divergence.clamp(min=0).expand(len(ratios)),
+        }
+        figures = {name: Term(values.sum(), "rows", 0.0) for name, values in told.items()}
+        return {"loss": Term(loss(ratios, desirable, divergence).sum(), "rows"), **figures}
+
+    def _ratios(self, networks: Networks, batch: Batch, group: str = "") -> Tensor:
+        """Return log π/π_ref of each answer: (S,)."""
+        reference = self._reference(networks, batch, group)
+        return _answer_logps(networks["model"], batch, group) - reference
+
+    @torch.no_grad()
+    def _reference(self, networks: Networks, batch: Batch, group: str = "") -> Tensor:
+        """Return log-probabilities of answers by the reference: (S,)."""
+        if "reference" in networks:
+            return _answer_logps(networks["reference"], batch, group)
+        with _adapter_off(networks["model"]):
+            return _answer_logps(networks["model"], batch, group)
+
+    def sample(self, networks: Networks, request: Request) -> Samples:
+        """Answer prompts: those of the request, else some of the data."""
+        return self._language.sample(networks, request)
+
+
+def _answer_logps(model: nn.Module, batch: Batch, group: str = "") -> Tensor:
+    """Return the log-probability of each answer: (S,). Only the learned places come to logits, some at a time."""
+    names = [name for name in ("input_ids", "position_ids") if group + name in batch]
+    inputs = {name: batch[group + name] for name in names}
+    learned, targets, segments = (batch[group + name] for name in ("learned", "targets", "segments"))
+    logps = heads.reduce(model, inputs, learned, _token_logps, (targets,), per_token=True)
+    return logps.new_zeros(len(batch[group + "answers"])).index_add(0, segments, logps)
+
+
+def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return log p of targets (K,) by logits (K, V): (K,)."""
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+@contextmanager
+def _adapter_off(network: nn.Module) -> Iterator[None]:
+    """Have a network, wrapped or not, be what it was before its adapter, and without dropout."""
+    adapted: Any = next(module for module in network.modules() if hasattr(module, "disable_adapter"))
+    training = network.training
+    network.eval()
+    try:
+        with adapted.disable_adapter():
+            yield
+    finally:
+        network.train(training)
