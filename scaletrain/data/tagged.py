@@ -64,7 +64,8 @@ class Words(Format):
 
 def _words(value: Any, name: str) -> list[str]:
     if not isinstance(value, (list, tuple)) or not value:
-        raise UserError(f"{name}: `tokens` must be a list of words, not {'an empty list' if value == [] else value!r}.")
+        found = "an empty list" if value == [] else repr(value)
+        raise UserError(f"{name}: `tokens` must be a list of words, not {found}.")
     return [_text(word, "tokens", name) for word in value]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -135,7 +136,7 @@ class TextObjective(base.Objective[C]):
         wanted, limit = self.recipe.data.seq_len, int(self.tokenizer.model_max_length)
         if not self.spec.source:
             if not self.spec.path:
-                self._settings = special_ids(self.tokenizer) | self._settings
+                self._settings = self.known(special_ids(self.tokenizer)) | self._settings
             settings, module = self.outlined()
             check_vocabulary(self.tokenizer, settings.vocab_size, key)
             limit = min(limit, _positions(module, settings) or limit)
@@ -144,6 +145,14 @@ class TextObjective(base.Objective[C]):
         if wanted and wanted > limit:
             raise UserError(f"data.seq_len={wanted}: the network has {limit} positions. Lower it.")
         return wanted or limit
+
+    def known(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of some settings that the architecture of a new network has."""
+        from scaletrain.networks._transformers import config_class
+
+        cls = config_class(self.spec.config["model_type"])
+        names = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
+        return {name: value for name, value in settings.items() if name in names}
 
     def outlined(self, name: str | None = None) -> tuple[Any, nn.Module]:
         """Return the configuration of a network, and the network without weights. Raises UserError."""

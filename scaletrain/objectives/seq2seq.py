@@ -20,7 +20,7 @@ from pydantic import Field
 from scaletrain.config import Strict
 from scaletrain.data.exchanges import ExchangedTexts, Exchanges
 from scaletrain.data.text import IGNORE, encode, tokenise
-from scaletrain.data.tokenizers import filler
+from scaletrain.data.tokenizers import end_of_text, filler
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import decode
 from scaletrain.objectives._text import TextConfig, TextObjective
@@ -74,7 +74,9 @@ class Objective(TextObjective[Config]):
         train.require(roles[1], "the text to write")
         self.tokenizer = self.find_tokenizer(train, *roles)
         if not (self.spec.path or self.spec.source):
-            self._settings = self._begin_and_end()
+            # The defaults are of the tokenizer that the architecture was first trained with.
+            end = end_of_text(self.tokenizer)
+            self._settings = self.known({"decoder_start_token_id": end, "forced_eos_token_id": end})
         source_len = self.check_network()
         if self.spec.source is None:
             settings, _ = self.outlined()
@@ -92,19 +94,6 @@ class Objective(TextObjective[Config]):
         }.items():
             if limit and length and length > limit:
                 raise UserError(f"objective.{key}={length}: the network has {limit} positions. Lower it.")
-
-    def _begin_and_end(self) -> dict[str, Any]:
-        """Return the tokens that a new network's targets begin and end with, where its configuration names them.
-
-        Their defaults are of the tokenizer that the architecture was first trained with.
-        """
-        from scaletrain.data.tokenizers import end_of_text
-        from scaletrain.networks._transformers import config_class
-
-        assert self.tokenizer is not None
-        known = config_class(self.spec.config["model_type"])()
-        names = ("decoder_start_token_id", "forced_eos_token_id")
-        return {name: end_of_text(self.tokenizer) for name in names if getattr(known, name, None) is not None}
 
     def examples(self, rows: Rows, training: bool, window: bool = False) -> ExchangedTexts:
         """Tokenise. Raises UserError that names the row."""
