@@ -36,10 +36,17 @@ def make_data(folder: Path) -> None:
 
 
 def make_networks(folder: Path) -> None:
-    """Write a causal network to `llama` and an encoder to `bert` and, as a classifier, `teacher`: random weights, one tokenizer."""
+    """Write networks with random weights and one tokenizer: causal `llama`, encoder `bert`, classifier `teacher`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        BertModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
