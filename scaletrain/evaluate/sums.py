@@ -38,7 +38,8 @@ def f1_terms(names: Sequence[str], right: Tensor, named: Tensor, per: str) -> di
 def f1(metrics: Metrics, micro: bool = False) -> dict[str, float]:
     """Put F1 = 2·TP / (2·TP + FP + FN) in the place of `f1_terms`: of each name, and `f1`, their mean (macro).
 
-    A name that was neither predicted nor true has none. micro: add `f1_micro`, of all names taken together.
+    A name that was neither predicted nor true has NaN, and no part in the mean. micro: add `f1_micro`, of all names
+    taken together.
     """
     named = {key.removeprefix(_NAMED): value for key, value in metrics.items() if key.startswith(_NAMED)}
     right = {name: metrics[_HITS + name] for name in named}
@@ -47,7 +48,7 @@ def f1(metrics: Metrics, micro: bool = False) -> dict[str, float]:
     found["f1"] = sum(scores.values()) / len(scores) if scores else 0.0
     if micro:
         found["f1_micro"] = 2 * sum(right.values()) / total if (total := sum(named.values())) else 0.0
-    return found | {f"f1/{name}": score for name, score in scores.items()}
+    return found | {f"f1/{name}": scores.get(name, math.nan) for name in named}
 
 
 def correlation_terms(x: Tensor, y: Tensor, per: str) -> dict[str, Term]:

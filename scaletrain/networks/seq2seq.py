@@ -30,7 +30,8 @@ def build(config: Config) -> nn.Module:
     from transformers import AutoModelForSeq2SeqLM
 
     module: Any = AutoModelForSeq2SeqLM.from_config(new_config(config))
-    module.generation_config.decoder_start_token_id = start_of(module.config)  # so that it generates when exported
+    # Not every configuration names it, and without it what is exported could not generate.
+    module.config.decoder_start_token_id = module.generation_config.decoder_start_token_id = start_of(module.config)
     return module
 
 

@@ -85,14 +85,15 @@ class Objective(TextObjective[Config]):
         classes = _classes(place, settings, isinstance(train.column(label)[0], str))
         self._check_order(classes)
         self.classes = classes
-        length = self.check_network()
+        length, wanted = self.check_network(), self.recipe.data.seq_len
         check_vocabulary(self.tokenizer, settings.vocab_size, "networks.teacher")
-        if length > (limit := getattr(settings, "max_position_embeddings", None) or length):
-            raise UserError(f"data.seq_len={length}: the teacher has {limit} positions. Lower it.")
+        limit = getattr(settings, "max_position_embeddings", None) or length
+        if wanted and wanted > limit:
+            raise UserError(f"data.seq_len={wanted}: the teacher has {limit} positions. Lower it.")
         if self.config.hidden:
             self._match(settings)
         # One of its own: a tokenizer must not be used by two threads at a time.
-        self._pairs = Pairs(copy.deepcopy(self.tokenizer), length, "text_pair" in train.columns)
+        self._pairs = Pairs(copy.deepcopy(self.tokenizer), min(length, limit), "text_pair" in train.columns)
 
     def _check_order(self, classes: Classes) -> None:
         """Raise UserError when the student's head, if it has one, is of the teacher's classes in another order."""
