@@ -62,7 +62,8 @@ class Classes:
     @classmethod
     def _of(cls, labels: Iterable[Any], name: Callable[[int], str], column: str, count: int | None) -> Classes:
         """Find the classes of labels, none empty; name: where a label stands."""
-        named, seen, number = None, {}, 0  # seen: each label, and the first place that has it
+        named, number = None, 0
+        seen: dict[Any, int] = {}  # each label, and the first place that has it
         for number, label in enumerate(labels):
             named = isinstance(label, str) if named is None else named
             _check(name, number, column, label, named)

@@ -88,7 +88,7 @@ class Alphabet(NamedTuple):
         before = leading(tokenizer)
         bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
         after = tokenizer("a")["input_ids"][len(before) + len(bare) :]
-        mask = int(tokenizer.mask_token_id)  # type: ignore[arg-type]
+        mask = int(tokenizer.mask_token_id)
         return cls(special, mask, filler(tokenizer), np.asarray(before, np.int64), np.asarray(after, np.int64))
 
 

@@ -45,6 +45,9 @@ log = logging.getLogger("scaletrain")
 TOKENIZER_ROWS = 20_000
 """Rows of a stream that a tokenizer is trained on."""
 
+LONGEST = 1 << 24
+"""Positions; a tokenizer that names more has no bound."""
+
 
 class TextConfig(Strict):
     """Options that these objectives share."""
@@ -144,6 +147,10 @@ class TextObjective(base.Objective[C]):
                 self._settings = {**self._settings, "pad_token_id": filler(self.tokenizer)}
         if wanted and wanted > limit:
             raise UserError(f"data.seq_len={wanted}: the network has {limit} positions. Lower it.")
+        if not wanted and limit > LONGEST:
+            raise UserError(
+                "data.seq_len is missing: neither the tokenizer nor the network bounds the length of a text."
+            )
         return wanted or limit
 
     def known(self, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -87,11 +87,9 @@ class Objective(TextObjective[Config]):
         self._exchanges = Exchanges(own, roles, source_len, self.config.target_len or source_len)
 
     def _check_lengths(self, limit: int | None) -> None:
-        config = self.config
-        for key, length in {
-            "target_len": config.target_len,
-            "sampling.max_new_tokens": config.sampling.max_new_tokens,
-        }.items():
+        own = self.config
+        lengths = {"target_len": own.target_len, "sampling.max_new_tokens": own.sampling.max_new_tokens}
+        for key, length in lengths.items():
             if limit and length and length > limit:
                 raise UserError(f"objective.{key}={length}: the network has {limit} positions. Lower it.")
 
@@ -144,7 +142,7 @@ class Objective(TextObjective[Config]):
         how = decode(SamplingConfig, options, "sampling")
         if not request.prompts:
             count = min(request.count, len(sources))
-            sources = [sources[i * len(sources) // count] for i in range(count)]
+            sources = tuple(sources[i * len(sources) // count] for i in range(count))
         found = self.write(networks["model"], sources, how, request.generator.device)
         return Samples(texts=[f"{source} → {target}" for source, target in zip(sources, found, strict=True)])
 
