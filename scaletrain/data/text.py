@@ -305,12 +305,12 @@ def _say_losses(rows: Rows, lengths: Ints, kept: Ints, seq_len: int) -> None:
 
 @final
 class LabelledTexts(Dataset):
-    """Texts with a class: {input_ids (t,), [token_type_ids (t,)], labels ()}; attention_mask (B, T) in batches.
+    """Texts with a label: {input_ids (t,), [token_type_ids (t,)], labels (...)}; attention_mask (B, T) in batches.
 
-    labels: (N,) class ids.
+    labels: (N, ...), one class id or number for each text, or several.
     """
 
-    def __init__(self, tokens: Tokens, labels: Ints, rows: Rows, fill: int, typed: bool):
+    def __init__(self, tokens: Tokens, labels: npt.NDArray[Any], rows: Rows, fill: int, typed: bool):
         self.tokens, self.labels, self.rows, self.fill, self.typed = tokens, labels, rows, fill, typed
         self.tokens_per_example = float(tokens.lengths.mean())
 

@@ -330,6 +330,10 @@ def _task(module: nn.Module) -> str | None:
     """Return peft's name of the task, by which it finds heads and passes inputs on."""
     if type(module).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
+    if type(module).__name__.endswith("ForTokenClassification"):
+        return "TOKEN_CLS"
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if getattr(module, "can_generate", bool)() else None
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pydantic import model_validator
+
+from scaletrain.networks._layers import keep_layers, keep_settings
 from scaletrain.networks._transformers import TransformersConfig, new_config, read_config, read_weights
 from scaletrain.networks._transformers import outline as outline_of
 
@@ -20,6 +23,23 @@ class Config(TransformersConfig):
 
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
+    layers: list[int] | None = None
+    """Of a pretrained network, keep these layers only, such as [0, 2, 4]."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings that are given, but for what is done with the pretrained network."""
+        return {key: value for key, value in super().options.items() if key != "layers"}
+
+    @model_validator(mode="after")
+    def _rising(self) -> Config:
+        if self.layers is not None and not (
+            self.layers and sorted({*self.layers}) == self.layers and self.layers[0] >= 0
+        ):
+            raise ValueError("layers: give numbers from 0 on, each larger than the one before")
+        if self.layers is not None and self.model_type is not None:
+            raise ValueError("layers: there are none to choose from in a new network; set num_hidden_layers")
+        return self
 
 
 def build(config: Config) -> nn.Module:
@@ -36,11 +56,26 @@ def load(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
     """
     from transformers import AutoModelForSequenceClassification
 
-    return read_weights(AutoModelForSequenceClassification, path, config, dtype, new_head=True)
+    module = read_weights(AutoModelForSequenceClassification, path, config, dtype, new_head=True)
+    if not _chooses(module, config):
+        return module
+    return keep_layers(module, outline(path, config, dtype), config.layers or [])
 
 
 def outline(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
     """Build what `load` does, without its weights. Raises UserError that names it."""
     from transformers import AutoModelForSequenceClassification
 
-    return outline_of(AutoModelForSequenceClassification, path, config, dtype)
+    module: Any = outline_of(AutoModelForSequenceClassification, path, config, dtype)
+    if not _chooses(module, config):
+        return module
+    settings = keep_settings(module.config, config.layers or [], path)
+    attention = config.options.get("attn_implementation", "sdpa")
+    module = AutoModelForSequenceClassification.from_config(settings, dtype=dtype, attn_implementation=attention)
+    module.rearranged = True
+    return module
+
+
+def _chooses(module: Any, config: Config) -> bool:
+    """Say whether layers are to be left out: one that was made in this way has as many as are named."""
+    return config.layers is not None and module.config.num_hidden_layers != len(config.layers)

@@ -36,6 +36,8 @@ def unread(name: str, spec: NetworkSpec, saved: Path | None = None) -> Unread | 
     if spec.source is not None or folder is None or not folder.is_dir() or not plain or spec.quantize:
         return None
     module = outline(name, spec.model_copy(update={"adapter": None}), None, None if spec.adapter else saved)
+    if getattr(module, "rearranged", False):
+        return None  # the files have other weights under the same names
     if spec.adapter:
         module = _with_adapter(module, spec.adapter)
         if saved:

@@ -16,7 +16,7 @@ def text(draw: random.Random, words: int) -> str:
 
 
 def make_data(folder: Path) -> None:
-    """Write texts, rows of each family of text, and two pretrained networks with a tokenizer."""
+    """Write texts, rows of each family of text, and pretrained networks with a tokenizer."""
     draw = random.Random(0)
     (folder / "text.txt").write_text("\n".join(text(draw, 12) for _ in range(300)))
     with (folder / "prompts.jsonl").open("w") as file:
@@ -27,6 +27,11 @@ def make_data(folder: Path) -> None:
         for _ in range(120):
             sentence = text(draw, draw.randint(2, 9))
             file.write(json.dumps({"text": sentence, "label": int("cat" in sentence)}) + "\n")
+    with (folder / "tags.jsonl").open("w") as file:
+        for _ in range(120):
+            words = text(draw, draw.randint(2, 9)).split()
+            tags = ["B-ANIMAL" if word in ("cat", "dog", "fish") else "O" for word in words]
+            file.write(json.dumps({"tokens": words, "tags": tags}) + "\n")
     make_preferences(folder, draw)
     make_networks(folder)
 
@@ -43,10 +48,17 @@ def make_preferences(folder: Path, draw: random.Random) -> None:
 
 
 def make_networks(folder: Path) -> None:
-    """Write a causal network to `llama` and an encoder to `bert`, with random weights and one tokenizer."""
+    """Write networks with random weights and one tokenizer: causal `llama`, encoder `bert`, classifier `teacher`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        BertModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+    )
 
     vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>", *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -61,10 +73,11 @@ def make_networks(folder: Path) -> None:
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(folder / "bert")
-    BertModel(BertConfig(**size)).save_pretrained(folder / "bert")
+    for name, network in {"bert": BertModel, "teacher": BertForSequenceClassification}.items():
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+        ).save_pretrained(folder / name)
+        network(BertConfig(**size)).save_pretrained(folder / name)
 
 
 def overrides(recipe: str, folder: Path) -> list[str]:
@@ -105,6 +118,33 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             for name in ("dpo", "orpo", "simpo", "kto")
         },
         "text/classify": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
+        "text/regress": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
+        "text/tag": [f"data.train={folder}/tags.jsonl", f"networks.model.path={folder}/bert"],
+        "text/distill": [
+            f"data.train={folder}/labels.jsonl",
+            f"networks.student.path={folder}/bert",
+            "networks.student.config.layers=[1]",
+            f"networks.teacher.path={folder}/teacher",
+        ],
+        "encoder/roberta": [
+            f"data.train={folder}/text.txt",
+            "data.seq_len=32",
+            "objective.tokenizer.vocab_size=270",
+            "networks.model.config.hidden_size=16",
+            "networks.model.config.intermediate_size=32",
+            "networks.model.config.num_hidden_layers=2",
+            "networks.model.config.num_attention_heads=2",
+        ],
+        "seq2seq/transformer": [
+            f"data.train={folder}/prompts.jsonl",
+            "data.seq_len=64",
+            "objective.tokenizer.vocab_size=270",
+            "objective.sampling.max_new_tokens=8",
+            "networks.model.config.d_model=16",
+            *(f"networks.model.config.{side}_layers=1" for side in ("encoder", "decoder")),
+            *(f"networks.model.config.{side}_attention_heads=2" for side in ("encoder", "decoder")),
+            *(f"networks.model.config.{side}_ffn_dim=32" for side in ("encoder", "decoder")),
+        ],
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [
             "data.train=sklearn:digits",

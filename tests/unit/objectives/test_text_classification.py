@@ -1,12 +1,14 @@
 """The text classifier's objective against plain sums, and what it says of bad labels."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 from scaletrain.config import Recipe, SourceSpec
 from scaletrain.data.sources import open_rows
@@ -82,6 +84,45 @@ def test_loss_and_accuracy_are_sums_over_texts(config: dict[str, Any], smoothing
     assert own.counts(own.turns[0], batch) == {"samples": 12, "tokens": tokens}
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_several_classes_of_a_text(smoothing: float, tmp_path: Path) -> None:
+    rows = [{"text": r["text"], "labels": [[], ["b"], ["c", "a"], ["a"]][i % 4]} for i, r in enumerate(ROWS)]
+    own = objective(multi_label=True, label_smoothing=smoothing)
+    data = prepared(own, rows_of(tmp_path, *rows), None)
+    torch.manual_seed(0)
+    module: Any = text_classifier.build(text_classifier.Config(**own.networks()["model"].config)).eval()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(0, 0.5)
+    assert module.config.problem_type == "multi_label_classification"
+    assert own.tokenizer is not None
+    loss, right, gold, found = 0.0, 0, [], []
+    for row in rows:
+        with torch.no_grad():
+            p = module(input_ids=torch.tensor([own.tokenizer(row["text"])["input_ids"]])).logits[0].sigmoid().tolist()
+        is_of = [name in row["labels"] for name in "abc"]
+        for share, true in zip(p, is_of, strict=True):
+            aim = (1 - smoothing) * true + smoothing / 2
+            loss -= (aim * math.log(share) + (1 - aim) * math.log(1 - share)) / 3
+        gold.append(is_of)
+        found.append([share > 0.5 for share in p])
+        right += gold[-1] == found[-1]
+    batch = whole_batch(data.train)
+    terms = own.loss(own.turns[0], {"model": module}, batch)
+    assert float(terms["loss"].sum.detach()) == pytest.approx(loss, rel=1e-4)
+    assert int(terms["accuracy"].sum) == right
+    with torch.no_grad():
+        sums = own.evaluate({"model": module}, batch)
+    metrics = own.conclude({name: float(term.sum) / 12 for name, term in sums.items()})
+    assert metrics["f1_micro"] == pytest.approx(f1_score(gold, found, average="micro", zero_division=0))
+    said = own.sample({"model": module}, Request(1, torch.Generator(), (rows[0]["text"],)))
+    assert said is not None
+    assert said.texts is not None
+    assert [name for name in "abc" if f"{name} (" in said.texts[0]] == [
+        n for n, f in zip("abc", found[0], strict=True) if f
+    ]
+
+
 def test_it_learns_and_is_restored(tmp_path: Path) -> None:
     own = objective()
     rows = [{"text": f"{w} day", "label": i} for i, w in enumerate(["good", "bad"])] * 4
@@ -126,6 +167,13 @@ def test_it_learns_and_is_restored(tmp_path: Path) -> None:
         ),
         ({}, [{"text": None, "label": 0}, {"text": "a", "label": 1}], None, "line 1: `text` must be a text"),
         ({}, [{"text": "a"}], None, "no column `label`"),
+        ({"multi_label": True}, [{"text": "a", "labels": "x"}], None, "line 1: `labels` is 'x', not a list"),
+        (
+            {"multi_label": True},
+            [{"text": "a", "labels": ["x"]}, {"text": "a", "labels": ["x", 3]}],
+            None,
+            "line 2, label 2: `labels` is 3",
+        ),
         (
             {"seq_len": 33},
             [{"text": "a", "label": 0}, {"text": "a", "label": 1}],
