@@ -108,21 +108,7 @@ def check(
     """
     if empty := sorted(name for name, entry in stored(folder).items() if not entry.shape.numel()):
         raise RuntimeError(f"{len(empty)} tensors are empty, as {empty[0]}")
-    with tempfile.TemporaryDirectory() as place:
-        there = Path(place)
-        save_file(probe.inputs, there / "inputs.safetensors")
-        request = {"folder": str(folder.resolve()), "kind": kind, "base": dict(base) if base else None}
-        request |= {k: str(there / f"{k}.safetensors") for k in ("inputs", "outputs")}
-        request["facts"] = str(there / "facts.json")
-        (there / "request").write_text(repr(request))
-        # A program given as a text finds no modules beside a file of its own; nor does it in an empty folder.
-        command = [sys.executable, "-c", Path(plain.__file__).read_text(), str(there / "request")]
-        done = subprocess.run(command, cwd=there, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"it cannot be loaded by the libraries alone:\n{done.stderr[-2000:]}")
-        facts = json.loads((there / "facts.json").read_text())
-        found = load_file(there / "outputs.safetensors")["outputs"]
-    assert not facts["own"], "the gate is to load without this package"
+    found, facts = elsewhere({"folder": str(folder.resolve()), "kind": kind, "base": base}, probe)
     if facts["faults"]:
         raise RuntimeError(f"{len(facts['faults'])} weights do not load: {'; '.join(facts['faults'][:3])}")
     _compare(plain.fingerprints(module), facts["fingerprints"], adapter=base is not None)
@@ -130,6 +116,27 @@ def check(
     if gap.part > EXACT[next(p.dtype for p in module.parameters() if p.is_floating_point())]:
         raise RuntimeError(f"loaded elsewhere it gives other logits: max |difference| {gap}")
     return gap, found
+
+
+def elsewhere(asked: Mapping[str, Any], probe: Probe) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Load a network as `plain.load` is asked to and call it, in a new process that has the libraries alone.
+
+    Returns its outputs, and its `faults` and `fingerprints`. Raises RuntimeError when it does not load.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        there = Path(place)
+        files = {key: str(there / f"{key}.safetensors") for key in ("inputs", "outputs")}
+        save_file(probe.inputs, files["inputs"])
+        request = there / "request"
+        request.write_text(repr({**asked, **files, "facts": str(there / "facts.json")}))
+        # A program given as a text finds no modules beside a file of its own; nor does it in an empty folder.
+        command = [sys.executable, "-c", Path(plain.__file__).read_text(), str(request)]
+        done = subprocess.run(command, cwd=there, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"it cannot be loaded by the libraries alone:\n{done.stderr[-2000:]}")
+        facts = json.loads((there / "facts.json").read_text())
+        assert not facts["own"], "this package was imported"
+        return load_file(files["outputs"])["outputs"], facts
 
 
 def _compare(trained: Mapping[str, list[Any]], loaded: Mapping[str, list[Any]], adapter: bool) -> None:

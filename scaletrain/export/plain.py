@@ -39,10 +39,14 @@ def load(folder: str, kind: str, base: dict[str, Any] | None) -> tuple[Any, list
 
 
 def outputs(module: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the logits, or what else comes first, in float32."""
+    """Return the logits of the positions of the input, or what else comes first, in float32."""
     with torch.no_grad():
         found = module(**inputs)
-    return (found.logits if hasattr(found, "logits") else found[0]).float().contiguous()
+    logits = found.logits if hasattr(found, "logits") else found[0]
+    positions = inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1]
+    if logits.dim() == 3:  # virtual tokens stand before the others
+        logits = logits[:, -positions:]
+    return logits.float().contiguous()
 
 
 def fingerprints(module: Any) -> dict[str, list[Any]]:
@@ -65,13 +69,14 @@ def fingerprints(module: Any) -> dict[str, list[Any]]:
 
 
 def main(request: str) -> None:
-    """Load, call and describe; results go to the files that the request names."""
+    """Load, call and describe what a request asks for; results go to the files that it names."""
     from safetensors.torch import load_file, save_file
 
     asked = ast.literal_eval(Path(request).read_text())
     module, faults = load(asked["folder"], asked["kind"], asked["base"])
+    found = fingerprints(module)
     save_file({"outputs": outputs(module, load_file(asked["inputs"]))}, asked["outputs"])
-    facts = {"faults": faults, "fingerprints": fingerprints(module), "own": "scaletrain" in sys.modules}
+    facts = {"faults": faults, "fingerprints": found, "own": "scaletrain" in sys.modules}
     Path(asked["facts"]).write_text(json.dumps(facts))
 
 

@@ -113,7 +113,7 @@ def _open(run: FinishedStage, name: str, spec: NetworkSpec) -> _Network:
     from transformers import PreTrainedModel
 
     module = Shelf(run.folder).open(run.checkpoint, name).eval()
-    inner = module.get_base_model() if hasattr(module, "peft_config") else module
+    inner = _inner(module)
     return _Network(name, spec, module, type(inner).__name__ if isinstance(inner, PreTrainedModel) else None)
 
 
@@ -214,11 +214,9 @@ def _write(run: FinishedStage, network: _Network, folder: Path, base_folder: Pat
     inner = _inner(network.module)
     if inner.can_generate():
         inner.generation_config.save_pretrained(folder)
-    shelf, spec = Shelf(run.folder), network.spec
-    origin = shelf.base(spec)
-    if origin is not None and not hasattr(origin, "peft_config"):
-        # The run that it came from may remove its checkpoints, and holds weights that are not averaged.
-        save(origin, shelf.spec(str(spec.source)), base_folder)
+    own, spec = _own_base(run, network), network.spec
+    if own is not None:
+        save(*own, base_folder)
         path, options = str(base_folder.resolve()), {}
     else:
         path = str(network.module.peft_config["default"].base_model_name_or_path)
@@ -231,6 +229,18 @@ def _write(run: FinishedStage, network: _Network, folder: Path, base_folder: Pat
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": path}, indent=2) + "\n")
     return {"path": path, "options": options}
+
+
+def _own_base(run: FinishedStage, network: _Network) -> tuple[nn.Module, NetworkSpec] | None:
+    """Return what an adapter goes over, where that is no folder of others but the network of another stage or run.
+
+    That run may remove its checkpoints, and holds weights that are not averaged.
+    """
+    shelf = Shelf(run.folder)
+    origin = shelf.base(network.spec)
+    if origin is None or hasattr(origin, "peft_config"):
+        return None
+    return origin, shelf.spec(str(network.spec.source))
 
 
 def _prove_tensors(run: FinishedStage, network: _Network, folder: Path) -> list[str]:

@@ -49,7 +49,8 @@ def qat_config(method: str, group: int | None) -> Any:
 
     if method == "int4":
         # The packed formats of torchao 0.18 are for GPUs; this one keeps a byte for a weight, and runs everywhere.
-        return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group or GROUP))
+        int4 = torch.int4  # type: ignore[attr-defined]
+        return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(group or GROUP))
     return IntxWeightOnlyConfig(weight_dtype=torch.int8, granularity=PerAxis(0))
 
 
@@ -62,12 +63,13 @@ def _library_config(module: Any, method: QuantizeMethod, group: int | None) -> A
     if method == "bnb-int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left)
     if method == "bnb-nf4":
-        odd = next((n for n in sorted(chosen) if module.get_submodule(n).out_features % 32), None)
-        if odd:
-            raise UserError(
-                f"--quantize {method}: bitsandbytes packs 32 outputs together on a CPU, and those of `{odd}` do not "
-                "divide: take int4."
-            )
+        for name in sorted(chosen):
+            layer = module.get_submodule(name)
+            if layer.out_features % 32 or layer.in_features % 64:
+                raise UserError(
+                    f"--quantize {method}: on a CPU bitsandbytes takes 32 outputs and 64 inputs together, and `{name}` "
+                    f"has {layer.out_features} and {layer.in_features}: take int4."
+                )
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -75,6 +75,12 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             "networks.model.config.num_attention_heads=2",
         ],
         "lm/lora": [f"data.train={folder}/prompts.jsonl", f"networks.model.path={folder}/llama", "data.seq_len=48"],
+        "lm/qat": [
+            f"data.train={folder}/prompts.jsonl",
+            f"networks.model.path={folder}/llama",
+            "networks.model.qat.group=16",
+            "data.seq_len=48",
+        ],
         "text/classify": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [
