@@ -16,7 +16,8 @@ from scaletrain.cli import app
 from scaletrain.errors import Interrupted, UserError
 
 TEXT = "# Tiny.\nobjective: {type: image_classification, size: 28}\ndata: {train: rows.csv}\n"
-COMMANDS = ["ls", "show", "cp", "validate", "run", "sample", "evaluate", "verify", "inspect", "export", "schema"]
+COMMANDS = ["ls", "show", "cp", "validate", "run", "sample", "evaluate", "verify", "inspect", "export", "quantize"]
+COMMANDS += ["schema"]
 
 
 def scaletrain(*words, **environment):
