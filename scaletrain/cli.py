@@ -47,7 +47,8 @@ def _quieten() -> None:
     libraries = r"(transformers|peft|accelerate|torch|bitsandbytes)"
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=libraries)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     own = logging.getLogger("scaletrain")
     own.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     if not own.handlers:
@@ -411,26 +412,75 @@ def inspect(
         print(as_text(found))
 
 
+NewFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")]
+Group = Annotated[int | None, typer.Option(min=8, help="int4: weights that share a scale; 32 by default.")]
+
+
+def _print_written(written: list[Any]) -> None:
+    for part in written:
+        print(part.path)
+        for note in part.notes:
+            print(f"  {note}")
+
+
 @_command
 def export(
     run: RunFolder,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    folder: NewFolder,
+    merge: Annotated[bool, typer.Option("--merge", help="Fold adapters into the weights that they go over.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    quantize: Annotated[str | None, typer.Option(metavar="METHOD", help="As `scaletrain quantize --method`.")] = None,
+    group: Group = None,
     root: Root = Path("checkpoints"),
     code: Code = None,
     verbose: Verbose = False,
 ) -> None:
-    """Write the trained weights in their library's layout.
+    """Write the trained weights in their library's layout, and prove that it loads them as they were trained.
 
     transformers, diffusers and peft load the folders as they are.
+
+    \b
+    Examples:
+      scaletrain export text-classify out/
+      scaletrain export lm-lora out/ --merge --dtype bfloat16
     """
     from scaletrain.catalog import find_run
 
     source = find_run(run, root)
     _load_code(code)
-    from scaletrain.export import export_run
+    from scaletrain.export.run import Form, export_run
 
-    for path in export_run(source, folder):
-        print(path)
+    _print_written(export_run(source, folder, Form(merge, dtype, quantize, group)))  # type: ignore[arg-type]
+
+
+@_command
+def quantize(
+    run: RunFolder,
+    folder: NewFolder,
+    method: Annotated[str, typer.Option(help="int8, int8-dynamic, int4, bnb-int8 or bnb-nf4.")],
+    group: Group = None,
+    data: Annotated[list[str] | None, typer.Option(help="Other data than the recipe's to evaluate on.")] = None,
+    root: Root = Path("checkpoints"),
+    code: Code = None,
+    verbose: Verbose = False,
+) -> None:
+    """Export the trained weights quantised; print loss, size and speed before and after.
+
+    \b
+    Examples:
+      scaletrain quantize lm-pretrain out/ --method int4 --group 32
+      scaletrain quantize text-classify out/ --method bnb-nf4 --data test.jsonl
+    """
+    from scaletrain.catalog import find_run
+
+    source = find_run(run, root)
+    _load_code(code)
+    from scaletrain.export.run import Form
+    from scaletrain.quantize import quantize_run
+
+    written, table = quantize_run(source, folder, Form(quantize=method, group=group), data)  # type: ignore[arg-type]
+    _print_written(written)
+    print(table)
 
 
 @_command

@@ -194,6 +194,21 @@ def _quantize(value: object) -> object:
     return {"type": value} if isinstance(value, str) else value
 
 
+QuantizeMethod = Literal["int8", "int8-dynamic", "int4", "bnb-int8", "bnb-nf4"]
+"""How trained weights may be quantised: by torchao (int8 of weights alone, or of activations too; int4 by groups) or by
+bitsandbytes."""
+
+
+class QATSpec(Strict):
+    """Quantisation-aware training (Jacob et al., 2018): each forward pass rounds the weights of linear layers as
+    `type` will, and gradients pass the rounding by. What is trained, saved and exported are the weights in float.
+    """
+
+    type: Literal["int4", "int8"] = "int4"
+    group: int = Field(32, ge=8)
+    """int4: neighbouring weights of a row that share a scale. In int8, all of a row do."""
+
+
 class NetworkSpec(Strict):
     """How one named network is built. `type` names a module of `scaletrain.networks`.
 
@@ -221,6 +236,17 @@ class NetworkSpec(Strict):
     """Of a frozen network under FSDP2 and ZeRO-3: hold it in parts too, and gather a block when it computes; by default
     from 1e9 weights on."""
     source: str | None = Field(None, alias="from", pattern=r"^(stage:[^/]+/[^/]+|run:.+/[^/]+)$")
+    qat: QATSpec | None = None
+    """Train it for being quantised: `scaletrain quantize` then does it."""
+
+    @model_validator(mode="after")
+    def _qat_trains_all(self) -> NetworkSpec:
+        if self.qat and (self.adapter or self.frozen):
+            other = "adapter" if self.adapter else "frozen"
+            raise ValueError(
+                f"`qat` rounds the weights that are trained, and `{other}` leaves them as they are: take one of the two"
+            )
+        return self
 
 
 class GroupSpec(Strict):

@@ -44,7 +44,7 @@ log = logging.getLogger("scaletrain")
 def versions() -> dict[str, str]:
     """Return the versions of what a run depends on, as installed."""
     found = {"python": platform.python_version(), "scaletrain": scaletrain.__version__}
-    for package in ("torch", "accelerate", "transformers", "peft", "diffusers", "deepspeed", "bitsandbytes"):
+    for package in ("torch", "accelerate", "transformers", "peft", "diffusers", "deepspeed", "bitsandbytes", "torchao"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -54,9 +54,7 @@ def build(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Pa
             plain = spec.model_copy(update={"quantize": None})
             tokens = _new_tokens(name, spec) if base is None else range(0)
             module = adapters().add_adapter(whole, spec.adapter, tokens, lambda: base_of(name, plain))
-    if spec.frozen:
-        module.requires_grad_(False)
-    return module
+    return _finished(name, module, spec)
 
 
 def base_of(name: str, spec: NetworkSpec) -> nn.Module:
@@ -104,11 +102,7 @@ def outline(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: 
         if spec.adapter is not None and not hasattr(module, "peft_config"):
             tokens = _new_tokens(name, spec) if base is None else range(0)
             module = adapters().add_adapter(module, spec.adapter, tokens)
-    if spec.adapter is None and spec.trainable is not None:
-        train_only(module, spec.trainable, f"networks.{name}.trainable")
-    if spec.frozen:
-        module.requires_grad_(False)
-    return module
+    return _finished(name, module, spec)
 
 
 @contextmanager
@@ -128,15 +122,36 @@ def _without_weights() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def _finished(name: str, module: nn.Module, spec: NetworkSpec) -> nn.Module:
+    """Do what does not depend on where a network came from."""
+    if spec.qat:
+        qat().prepare(module, spec.qat, f"networks.{name}.qat")
+    if spec.adapter is None and spec.trainable is not None:
+        train_only(module, spec.trainable, f"networks.{name}.trainable")
+    if spec.frozen:
+        module.requires_grad_(False)
+    return module
+
+
+def qat() -> ModuleType:
+    """Import what rounds weights in training, with torchao, for those who ask for it."""
+    return importlib.import_module("scaletrain.networks._qat")
+
+
 def adapters() -> ModuleType:
     """Import what puts adapters over networks, with peft, for those who name one."""
     return importlib.import_module("scaletrain.networks.adapters")
 
 
+def unrounded(module: nn.Module) -> nn.Module:
+    """Have a network that was trained for being quantised compute in float again."""
+    return qat().revert(module) if hasattr(module, "quantisation") else module
+
+
 def _merged(module: nn.Module) -> nn.Module:
     """Fold an adapter into the weights, where there is one."""
     if not hasattr(module, "peft_config"):
-        return module.requires_grad_(True)
+        return unrounded(module).requires_grad_(True)
     whole: nn.Module = module.merge_and_unload()  # type: ignore[operator]
     return whole.requires_grad_(True)
 

@@ -39,6 +39,9 @@ Networks = Mapping[str, "nn.Module"]
 The others are plain modules, without gradients to their parameters."""
 
 
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
+
+
 @dataclass(frozen=True)
 class Data:
     """The examples of a run, once prepared.
@@ -221,6 +224,13 @@ class Objective(ABC, Generic[C]):
         `checkpoint.best` look at by default.
         """
         return self.loss(self.turns[0], networks, batch)
+
+    def inputs(self, network: str, batch: Batch) -> dict[str, torch.Tensor] | None:
+        """Return what a network is called with, by keyword, on a batch of `examples`: exports are compared on it.
+
+        By default the tokens that a network of transformers takes; None where a batch has none.
+        """
+        return {key: batch[key] for key in _INPUTS if key in batch} if "input_ids" in batch else None
 
     def conclude(self, metrics: dict[str, float]) -> dict[str, float]:
         """Add what follows from the divided sums, such as a perplexity."""

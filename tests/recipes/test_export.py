@@ -1,56 +1,282 @@
-"""What is exported is what was trained, read back by the libraries alone."""
+"""What is exported is what was trained, read back by the libraries alone; what differs gets no name."""
 
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from scaletrain.checkpoint import reader
-from scaletrain.export import export_run
+from scaletrain.errors import UserError
+from scaletrain.export import gate, plain
+from scaletrain.export import run as exporting
+from scaletrain.export.run import Form, export_run
+from scaletrain.quantize import quantize_run
 from scaletrain.shelf import Shelf
 from tests.launch import run
 from tests.recipes.tiny import make_data, overrides
 
 pytestmark = pytest.mark.slow
+IDS = torch.arange(2, 30)[None]
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of LoRA over the averaged weights of another run."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     make_data(folder)
-    average = ["players.model.ema={decay: 0.9}", "--root", folder]
-    run(["run", "lm/pretrain", *overrides("lm/pretrain", folder), *average])
-    change = ["networks.model.path=null", f"networks.model.from=run:{folder}/lm-pretrain/model"]
-    run(["run", "lm/lora", *overrides("lm/lora", folder), *change, *average])
     return folder
 
 
-def test_peft_loads_an_adapter_and_the_base_it_was_trained_over(adapted: Path) -> None:
-    written = export_run(adapted / "lm-lora", adapted / "out")
-    assert [p.name for p in written] == ["model-base", "model"]
-    checkpoint = reader.newest(adapted / "lm-lora")
-    assert checkpoint is not None
-    trained = Shelf(adapted / "lm-lora").open(checkpoint, "model").eval()
-    loaded = AutoPeftModelForCausalLM.from_pretrained(adapted / "out" / "model").eval()
-    tokens = torch.arange(2, 40)[None]
+def train(folder: Path, recipe: str, name: str, *changes: str) -> Path:
+    few = ["train.duration=6 steps", "evaluate.every=6 steps", "evaluate.samples=0"]
+    run(["run", recipe, *overrides(recipe, folder), *few, *changes, "--root", folder, "--run", name])
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def tied(folder: Path) -> Path:
+    """A whole network whose head is its embedding, averaged."""
+    return train(folder, "lm/pretrain", "tied", "players.model.ema={decay: 0.9}", f"data.eval={folder}/text.txt")
+
+
+@pytest.fixture(scope="module")
+def classifier(folder: Path) -> Path:
+    return train(folder, "text/classify", "classifier", "players.model.optimizer.lr=0.01")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the gate load what was written in this process, which is sooner done."""
+
+    def elsewhere(asked: dict[str, Any], probe: gate.Probe) -> tuple[torch.Tensor, dict[str, Any]]:
+        module, faults = plain.load(**asked)
+        found = plain.fingerprints(module)
+        return plain.outputs(module, probe.inputs), {"faults": faults, "fingerprints": found}
+
+    monkeypatch.setattr(gate, "elsewhere", elsewhere)
+
+
+def logits(module: Any, **inputs: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        torch.testing.assert_close(loaded(input_ids=tokens).logits, trained(input_ids=tokens).logits, rtol=0, atol=0)
+        return module.eval()(**inputs or {"input_ids": IDS}).logits
 
 
-def test_an_export_that_differs_gets_no_name(adapted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scaletrain import export
+def trained(run: Path) -> Any:
+    checkpoint = reader.newest(run)
+    assert checkpoint is not None
+    return Shelf(run).open(checkpoint, "model")
 
-    original = export.save
 
-    def spoiled(module: torch.nn.Module, *rest: object) -> None:
-        original(module, *rest)
+def card(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+
+
+def test_peft_loads_an_adapter_and_the_base_it_was_trained_over(tied: Path, folder: Path) -> None:
+    source = [f"networks.model.from=run:{tied}/model", "networks.model.path=null", "players.model.ema={decay: 0.9}"]
+    adapted = train(folder, "lm/lora", "adapted", *source)
+    base, own = export_run(adapted, folder / "adapted-out")
+    assert [base.path.name, own.path.name] == ["model-base", "model"]
+    assert "rows of the run's data: max |difference| of logits 0 " in own.notes[0]
+    loaded = AutoPeftModelForCausalLM.from_pretrained(own.path)
+    assert torch.equal(logits(loaded), logits(trained(adapted)))
+    assert (own.path / "generation_config.json").exists()
+    assert AutoTokenizer.from_pretrained(own.path).eos_token
+    assert card(own.path)["library_name"] == "peft"
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_each_kind_of_adapter_merged_and_not(kind: str, folder: Path) -> None:
+    adapter = [f"networks.model.adapter.type={kind}", "players.model.optimizer.lr=0.05"]
+    adapted = train(folder, "lm/lora", kind, *adapter)
+    expected = logits(trained(adapted))
+    assert not torch.allclose(expected, logits(AutoModelForCausalLM.from_pretrained(folder / "llama")), atol=1e-3)
+    (own,) = export_run(adapted, folder / f"{kind}-out")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(own.path)), expected)
+    (own,) = export_run(adapted, folder / f"{kind}-merged", Form(merge=True))
+    loaded = AutoModelForCausalLM.from_pretrained(own.path)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_classifier_of_an_adapter(classifier: Path, folder: Path) -> None:
+    (own,) = export_run(classifier, folder / "classifier-out", Form(merge=True))
+    loaded = AutoModelForSequenceClassification.from_pretrained(own.path)
+    assert loaded.config.id2label == {0: "0", 1: "1"}
+    batch = AutoTokenizer.from_pretrained(own.path)(["a cat sat", "the dog"], padding=True, return_tensors="pt")
+    torch.testing.assert_close(logits(loaded, **batch), logits(trained(classifier), **batch), rtol=1e-4, atol=1e-6)
+    facts = card(own.path)
+    assert (facts["base_model"], facts["pipeline_tag"]) == ("bert", "text-classification")
+    text = (own.path / "README.md").read_text()
+    assert "labels.jsonl" in text
+    assert "| accuracy |" in text
+    assert str(folder) not in text
+
+
+def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def other_weight(out: Path) -> None:
+    edit(out / "model.safetensors", lambda t: t["model.layers.1.mlp.up_proj.weight"][0, 0].add_(1e-6))
+
+
+def unused_row(out: Path) -> None:  # of a token that no text has: no logit tells
+    edit(out / "model.safetensors", lambda t: t["model.embed_tokens.weight"][3].mul_(1.001))
+
+
+def lost_tensor(out: Path) -> None:
+    edit(out / "model.safetensors", lambda t: t.pop("model.norm.weight"))
+
+
+def empty_tensor(out: Path) -> None:
+    edit(out / "model.safetensors", lambda t: t.update({"model.norm.weight": torch.empty(0)}))
+
+
+def untied(out: Path) -> None:
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+
+
+def no_config(out: Path) -> None:
+    (out / "config.json").unlink()
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_weight, "up_proj.weight` differs"),
+        (unused_row, "embed_tokens.weight` differs"),
+        (lost_tensor, "model.norm.weight is missing"),
+        (empty_tensor, "tensors are empty, as model.norm.weight"),
+        (untied, "lm_head.weight is missing"),
+    ],
+)
+def test_an_export_that_differs_gets_no_name(
+    damage: Callable[[Path], None], message: str, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(damage, message, tied, tmp_path, monkeypatch)
+
+
+def refused(
+    damage: Callable[[Path], None], message: str, source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = exporting.check
+
+    def spoiled(out: Path, *rest: Any) -> Any:
+        damage(out)
+        return original(out, *rest)
+
+    monkeypatch.setattr(exporting, "check", spoiled)
+    with pytest.raises(RuntimeError, match=message) as error:
+        export_run(source, place / "out")
+    assert str(error.value).startswith("export of model: ")
+    assert list((place / "out").iterdir()) == []
+
+
+def test_what_a_new_process_cannot_load_gets_no_name(
+    tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(no_config, "cannot be loaded by the libraries alone", tied, tmp_path, monkeypatch)
+
+
+@pytest.mark.usefixtures("here")
+def test_an_adapter_that_was_changed_gets_no_name(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damage(out: Path) -> None:
+        edit(out / "adapter_model.safetensors", lambda t: next(t[k] for k in sorted(t) if "lora_B" in k).mul_(1.001))
+
+    refused(damage, "differs after loading it back", classifier, tmp_path, monkeypatch)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_change_of_form_that_moves_the_logits_too_far_is_refused(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = exporting._merged
+
+    def spoiled(*rest: Any) -> Any:
+        module = original(*rest)
         with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.add_(1e-6 * ("lora_B" in name))
+            module.classifier.weight.mul_(1.01)
+        return module
 
-    monkeypatch.setattr(export, "save", spoiled)
-    with pytest.raises(RuntimeError, match="differs after loading it back"):
-        export_run(adapted / "lm-lora", adapted / "spoiled")
-    assert not (adapted / "spoiled" / "model").exists()
+    monkeypatch.setattr(exporting, "_merged", spoiled)
+    with pytest.raises(RuntimeError, match="merge moved the logits by"):
+        export_run(classifier, tmp_path / "out", Form(merge=True))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("method", ["int8", "int8-dynamic", "int4", "bnb-int8"])
+def test_quantised(method: Any, tied: Path, tmp_path: Path) -> None:
+    if method.startswith("bnb"):
+        pytest.importorskip("bitsandbytes")
+    written, table = quantize_run(tied, tmp_path / "out", Form(quantize=method, group=16 if method == "int4" else None))
+    loaded = AutoModelForCausalLM.from_pretrained(written[0].path)
+    assert loaded.config.quantization_config is not None
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    expected = logits(trained(tied))
+    found = logits(loaded)
+    assert not torch.equal(found, expected)
+    assert (found - expected).abs().max() < (0.3 if method == "int4" else 0.05) * expected.abs().max()
+    rows = {line[:12].strip(): line.split()[-3:] for line in table.splitlines()}
+    assert {"loss", "perplexity", "on disk", "in memory", "tokens/s"} <= rows.keys()
+    sizes = [float(number) for number in table.split("in memory")[1].split("\n")[0].split()[::2]]
+    assert sizes[1] < 0.75 * sizes[0]
+
+
+@pytest.mark.usefixtures("here")
+def test_trained_for_int4_and_then_in_it(folder: Path, tmp_path: Path) -> None:
+    qat = train(folder, "lm/qat", "qat", f"data.eval={folder}/prompts.jsonl")
+    expected = logits(trained(qat))
+    (own,) = export_run(qat, tmp_path / "int4", Form(quantize="int4"))
+    assert "(trained for)" in own.notes[1]
+    found = logits(AutoModelForCausalLM.from_pretrained(own.path))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    (own,) = export_run(qat, tmp_path / "float")
+    assert own.notes[0].startswith("trained for int4, and not in it")
+    assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(own.path)), expected, atol=1e-4)
+
+
+@pytest.mark.usefixtures("here")
+def test_another_type_without_the_data(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "prompts.jsonl", folder / "moved.jsonl")
+    source = train(folder, "lm/lora", "moved", f"data.train={folder}/moved.jsonl", "data.holdout=0")
+    (folder / "moved.jsonl").unlink()
+    (own,) = export_run(source, tmp_path / "out", Form(merge=True, dtype="bfloat16"))
+    assert "tokens in turn, since the run's data cannot be read" in own.notes[0]
+    assert AutoModelForCausalLM.from_pretrained(own.path).dtype == torch.bfloat16
+    with pytest.raises(UserError, match="there is no evaluation data: give --data FILE"):
+        quantize_run(source, tmp_path / "int8", Form(quantize="int8"), [])
+
+
+def test_messages(tied: Path, classifier: Path, tmp_path: Path) -> None:
+    for option, message in (
+        ({"dtype": "bfloat17"}, r"--dtype bfloat17: it is one of .* Did you mean `bfloat16`"),
+        ({"quantize": "int3"}, r"--quantize int3: it is one of .* Did you mean `int"),
+        ({"quantize": "int8", "group": 32}, "--group is for int4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Form(**option)
+    for source, form, message in (
+        (tied, Form(merge=True), "network `model` has no adapter to merge"),
+        (classifier, Form(dtype="float16"), "say --merge, too"),
+        (tied, Form(quantize="int4"), "groups of 32 do not divide the 16 inputs"),
+        (tied, Form(quantize="bnb-nf4"), "take int4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_run(source, tmp_path / "out", form)
+        assert list((tmp_path / "out").glob("*")) == []

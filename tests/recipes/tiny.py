@@ -117,6 +117,12 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             ]
             for name in ("dpo", "orpo", "simpo", "kto")
         },
+        "lm/qat": [
+            f"data.train={folder}/prompts.jsonl",
+            f"networks.model.path={folder}/llama",
+            "networks.model.qat.group=16",
+            "data.seq_len=48",
+        ],
         "text/classify": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
         "text/regress": [f"data.train={folder}/labels.jsonl", f"networks.model.path={folder}/bert"],
         "text/tag": [f"data.train={folder}/tags.jsonl", f"networks.model.path={folder}/bert"],

@@ -17,6 +17,7 @@ from scaletrain.errors import Interrupted, UserError
 
 TEXT = "# Tiny.\nobjective: {type: image_classification, size: 28}\ndata: {train: rows.csv}\n"
 COMMANDS = ["ls", "show", "cp", "validate", "run", "sample", "chat", "evaluate", "verify", "inspect", "export"]
+COMMANDS += ["quantize"]
 COMMANDS += ["schema"]
 
 

@@ -1,0 +1,38 @@
+"""Quantisation-aware training by torchao: linear layers that round their weights as they will be when quantised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from scaletrain.config import QATSpec
+from scaletrain.networks._quantised import linear_layers, qat_config, require_torchao
+
+
+def prepare(module: nn.Module, spec: QATSpec, key: str) -> nn.Module:
+    """Have the linear layers of a network's body round their weights in each forward pass, in place.
+
+    Names and values of parameters stay; gradients pass the rounding by (Bengio et al., 2013). Raises UserError.
+    """
+    require_torchao(key)
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import QATConfig
+
+    chosen = linear_layers(module, spec.group if spec.type == "int4" else None, key)
+    config = QATConfig(qat_config(spec.type, spec.group), step="prepare")
+    quantize_(module, config, filter_fn=lambda _, name: name in chosen)
+    module.quantisation = spec  # type: ignore[assignment]
+    return module
+
+
+def revert(module: Any) -> nn.Module:
+    """Put the plain linear layers back, in place."""
+    from torchao.quantization.qat.linear import FakeQuantizedLinear
+
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, FakeQuantizedLinear):
+                setattr(parent, name, child.to_linear())
+    del module.quantisation
+    return module
