@@ -38,8 +38,6 @@ def build(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Pa
     """
     if spec.adapter is None:
         module = _merged(base) if base is not None and saved is None else _whole(name, spec, saved)
-        if spec.trainable is not None:
-            train_only(module, spec.trainable, f"networks.{name}.trainable")
     elif base is not None and hasattr(base, "peft_config"):
         module = base  # goes on training the adapter that is there
         if saved:
@@ -70,7 +68,7 @@ def own_base(name: str, spec: NetworkSpec) -> bool:
     return spec.adapter is not None and (bool(spec.adapter.merge) or bool(_new_tokens(name, spec)))
 
 
-def train_only(module: nn.Module, expressions: str | list[str], key: str) -> None:
+def _train_only(module: nn.Module, expressions: str | list[str], key: str) -> None:
     """Have only parameters require gradients in whose name a regular expression is found. Raises UserError."""
     words = [expressions] if isinstance(expressions, str) else expressions
     names = [name for name, _ in module.named_parameters()]
@@ -127,7 +125,7 @@ def _finished(name: str, module: nn.Module, spec: NetworkSpec) -> nn.Module:
     if spec.qat:
         qat().prepare(module, spec.qat, f"networks.{name}.qat")
     if spec.adapter is None and spec.trainable is not None:
-        train_only(module, spec.trainable, f"networks.{name}.trainable")
+        _train_only(module, spec.trainable, f"networks.{name}.trainable")
     if spec.frozen:
         module.requires_grad_(False)
     return module

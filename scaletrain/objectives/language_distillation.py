@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from scaletrain.checkpoint.integrity import sha256
 from scaletrain.config import NetworkSpec, PlayerSpec, Recipe, Strict
 from scaletrain.data.cache import content_key
+from scaletrain.data.contract import Inspection
 from scaletrain.data.dataset import Dataset
 from scaletrain.data.text import IGNORE
 from scaletrain.data.tokenizers import check_vocabulary, filler, load_tokenizer
@@ -33,10 +34,11 @@ from scaletrain.evaluation import batch_size
 from scaletrain.explain import decode
 from scaletrain.networks import heads
 from scaletrain.networks._states import States, before_head, reduce_with
-from scaletrain.objectives import base, causal_lm
+from scaletrain.objectives import causal_lm
 from scaletrain.objectives._divergence import Kind, bucketed, divergence
 from scaletrain.objectives._on_policy import batch_of, continued, prompts_of
-from scaletrain.objectives.base import Ahead, Networks, Request, completed
+from scaletrain.objectives._speaking import Speaking
+from scaletrain.objectives.base import Ahead, Networks, completed
 from scaletrain.player import Batch, Term, Turn
 
 if TYPE_CHECKING:
@@ -113,16 +115,13 @@ class Config(causal_lm.LanguageConfig):
 
 
 @final
-class Objective(base.Objective[Config]):
+class Objective(Speaking[Config]):
     """A `student`, a frozen `teacher`, and a `projection` of hidden states where their widths differ.
 
     What concerns the student and the data alone is the objective of a causal language model.
     """
 
     turns = (Turn("train", "student"),)
-    throughput: ClassVar[str] = "tokens"
-    windowed: ClassVar[bool] = True
-    data_keys: ClassVar[frozenset[str]] = frozenset({"seq_len", "packing"})
 
     def __init__(self, config: Config, recipe: Recipe):
         super().__init__(config, recipe)
@@ -146,7 +145,7 @@ class Objective(base.Objective[Config]):
     def restore(self, folders: Mapping[str, Path]) -> None:
         """Take the tokenizer and the format from the student's folder, and remember where the networks stand."""
         self._folders = folders
-        self.language.restore(folders)
+        super().restore(folders)
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find the tokenizer and the format, and hold both networks' settings against each other. Raises UserError."""
@@ -266,10 +265,6 @@ class Objective(base.Objective[Config]):
         there = try_to_load_from_cache(str(self.teacher.path), "config.json")
         return Path(there).parent.name if isinstance(there, str) else str(model_info(str(self.teacher.path)).sha)
 
-    def facts(self) -> dict[str, str]:
-        """Return the tokenizer's."""
-        return self.language.facts()
-
     def networks(self) -> dict[str, NetworkSpec]:
         """Return the student, the teacher unless what it says is kept, and the projection."""
         found = self._both()
@@ -281,11 +276,6 @@ class Objective(base.Objective[Config]):
             sizes = {"inputs": inputs, "outputs": outputs, "count": len(self.config.hidden.layers)}
             found["projection"] = completed(self.recipe, "projection", "projection", **sizes)
         return found
-
-    def save_assets(self, network: str, folder: Path) -> None:
-        """Write the tokenizer and the format of prompts beside the student."""
-        if network == "student":
-            self.language.save_assets(network, folder)
 
     def ahead(self) -> Ahead | None:
         """Have the teacher say, once, what is kept."""
@@ -368,9 +358,17 @@ class Objective(base.Objective[Config]):
         found = metrics["cross_entropy"]
         return metrics | {"perplexity": math.exp(found) if found < 700 else math.inf}
 
-    def sample(self, networks: Networks, request: Request) -> base.Samples:
-        """Continue prompts with the student."""
-        return self.language.sample(networks, request)
+    def inspect(self, dataset: Dataset) -> Inspection | None:
+        """Return the data contract."""
+        return self.language.inspect(dataset.dataset if isinstance(dataset, WithTopK) else dataset)
+
+    def answers(self, held: Dataset) -> Dataset | None:
+        """Return the rows whose answers are compared."""
+        return self.language.answers(held.dataset if isinstance(held, WithTopK) else held)
+
+    def judge(self, networks: Networks, batch: Batch, lockstep: bool) -> dict[str, Term]:
+        """Have the student answer prompts, and compare each answer with the row's."""
+        return self.language.judge(networks, batch, lockstep)
 
     def _check_attention(self, networks: Networks, batch: Batch) -> None:
         if not self._checked:

@@ -8,14 +8,14 @@ Shapes: S answers, P = S / 2 pairs, K learned tokens, V tokens of the vocabulary
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe, Strict
@@ -23,12 +23,14 @@ from scaletrain.data import preferences
 from scaletrain.data.formats import FormatName, language_format
 from scaletrain.data.preferences import MISMATCHED, Answered, Preferences, Sequences, Shape
 from scaletrain.data.text import encode, tokenise
-from scaletrain.data.tokenizers import TokenizerConfig, filler, leading, load_tokenizer
+from scaletrain.data.tokenizers import TokenizerConfig, filler, leading, load_tokenizer, read_chat_template
 from scaletrain.errors import UserError
+from scaletrain.evaluate.generation import SamplingConfig
 from scaletrain.networks import heads
-from scaletrain.objectives import base, causal_lm
-from scaletrain.objectives.base import Networks, Request, Samples
-from scaletrain.objectives.causal_lm import SamplingConfig, check_attention
+from scaletrain.objectives import causal_lm
+from scaletrain.objectives._speaking import Speaking
+from scaletrain.objectives.base import Networks
+from scaletrain.objectives.causal_lm import check_attention
 from scaletrain.objectives.preference_losses import KTO, Loss, Pairwise, signed
 from scaletrain.player import Batch, Term, Turn
 
@@ -44,20 +46,20 @@ class Config(Strict):
 
     loss: Loss
     tokenizer: TokenizerConfig = TokenizerConfig()
+    chat_template: str | None = None
+    """A Jinja file, in place of the tokenizer's own chat template."""
+    template_options: dict[str, Any] = Field(default_factory=dict)
+    """Values for the chat template, such as {enable_thinking: false}."""
     sampling: SamplingConfig = SamplingConfig()
 
 
 @final
-class Objective(base.Objective[Config]):
+class Objective(Speaking[Config]):
     """Preferences for one network, `model`, perhaps against a frozen one, `reference`.
 
     Where a loss has a reference and the recipe names none, it is the model without its adapter; of a model that is
     trained whole, or goes on from another network of a run, a frozen copy of what it begins with.
     """
-
-    throughput: ClassVar[str] = "tokens"
-    windowed: ClassVar[bool] = True
-    data_keys: ClassVar[frozenset[str]] = frozenset({"seq_len", "packing"})
 
     def __init__(self, config: Config, recipe: Recipe):
         super().__init__(config, recipe)
@@ -70,12 +72,13 @@ class Objective(base.Objective[Config]):
             raise UserError("objective.tokenizer.vocab_size: the network has a tokenizer already. Leave it out.")
         self._check_reference()
         self.surveys = isinstance(config.loss, KTO)
-        self._language = causal_lm.Objective(self._language_config(None), recipe)
+        self.language = causal_lm.Objective(self._config_of(None), recipe)
         self._checked = False
 
-    def _language_config(self, chat: bool | None) -> causal_lm.Config:
+    def _config_of(self, chat: bool | None) -> causal_lm.Config:
         name: FormatName | None = None if chat is None else "chat" if chat else "completion"
-        return causal_lm.Config(format=name, tokenizer=self.config.tokenizer, sampling=self.config.sampling)
+        own = {key: getattr(self.config, key) for key in ("tokenizer", "template_options", "sampling")}
+        return causal_lm.Config(format=name, **own)
 
     def _check_reference(self) -> None:
         given = self.recipe.networks.get("reference")
@@ -92,18 +95,24 @@ class Objective(base.Objective[Config]):
         """Find the form of the rows and the tokenizer, and check the network. Raises UserError."""
         if self.recipe.data.seq_len is None:
             raise UserError("data.seq_len is missing: say how many tokens a prompt and its answer may have.")
-        tokenizer = self._language.tokenizer
+        tokenizer = self.language.tokenizer
         path = self.config.tokenizer.path or self.spec.path
         if tokenizer is None and path is None:
             raise UserError(f"{self.spec.source} has no tokenizer: set objective.tokenizer.path.")
         if tokenizer is None:
             tokenizer = load_tokenizer(str(path), "networks.model.path")
         chat = self._detect(train)
-        self._language = causal_lm.Objective(self._language_config(chat), self.recipe)
-        self._language.tokenizer = tokenizer
+        self.language = causal_lm.Objective(self._config_of(chat), self.recipe)
+        self.language.tokenizer = tokenizer
+        if self.config.chat_template:
+            tokenizer.chat_template = read_chat_template(self.config.chat_template)
         # One of its own: a tokenizer must not be used by two threads at a time.
-        self._written = copy.deepcopy(language_format("chat" if chat else "completion", tokenizer))
-        self._language.check_network(self.recipe.data.seq_len)
+        own, options = copy.deepcopy(tokenizer), self.config.template_options
+        if chat:
+            self._written = language_format("chat", own, "last", options)
+        else:
+            self._written = language_format("completion", own)
+        self.language.check_network(self.recipe.data.seq_len)
         self._check_vocabulary()
 
     def _detect(self, rows: Rows) -> bool:
@@ -134,12 +143,12 @@ class Objective(base.Objective[Config]):
 
     def _check_vocabulary(self) -> None:
         """Raise UserError when a reference that is read from elsewhere has other tokens."""
-        assert self._language.tokenizer is not None
+        assert self.language.tokenizer is not None
         reference = self.networks().get("reference")
         if reference is None or reference.path in (None, self.spec.path):
             return
         theirs = load_tokenizer(str(reference.path), "networks.reference.path")
-        if theirs.get_vocab() != self._language.tokenizer.get_vocab():
+        if theirs.get_vocab() != self.language.tokenizer.get_vocab():
             raise UserError(
                 f"networks.reference.path: the tokens of `{reference.path}` are not those of the model, so that "
                 "probabilities cannot be compared. Take the network that the model begins with."
@@ -147,11 +156,11 @@ class Objective(base.Objective[Config]):
 
     def examples(self, rows: Rows, training: bool, window: bool = False) -> Preferences:
         """Tokenise, leave out what cannot be learned from, and cut or pack. Raises UserError that names the row."""
-        tokenizer, seq_len = self._language.tokenizer, self.recipe.data.seq_len
+        tokenizer, seq_len = self.language.tokenizer, self.recipe.data.seq_len
         assert tokenizer is not None
         assert seq_len is not None
         shape = Shape(seq_len, filler(tokenizer), self.recipe.data.packing, tuple(leading(tokenizer)))
-        chat = self._language.config.format == "chat"
+        chat = self.language.config.format == "chat"
 
         def answered(column: str, other: str) -> Sequences:
             fmt = Answered(self._written.tokenizer, self._written, column, chat, None if self._prompted else other)
@@ -165,26 +174,14 @@ class Objective(base.Objective[Config]):
             both = answered("chosen", "rejected"), answered("rejected", "chosen")
             found = preferences.pairs(*both, rows, shape, quiet=window)
         if not window:
-            self._language.prompts = found.prompts(causal_lm.PROMPTS)
+            self.language.prompts = found.prompts(causal_lm.PROMPTS)
         return found
-
-    def facts(self) -> dict[str, str]:
-        """Return the tokenizer's."""
-        return self._language.facts()
-
-    def restore(self, folders: Mapping[str, Path]) -> None:
-        """Take the tokenizer and the format of prompts from the network's folder."""
-        self._language.restore(folders)
-
-    def save_assets(self, network: str, folder: Path) -> None:
-        """Write the tokenizer and the format of prompts beside the network."""
-        self._language.save_assets(network, folder)
 
     # --- networks -----------------------------------------------------------------------------------------------------
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return the network, and the reference where there is a separate one."""
-        found = self._language.networks()
+        found = self.language.networks()
         model = found["model"]
         given = self.recipe.networks.get("reference")
         if not self.config.loss.refers or (given is None and self._without_adapter()):
@@ -266,10 +263,6 @@ class Objective(base.Objective[Config]):
             return _answer_logps(networks["reference"], batch, group)
         with _adapter_off(networks["model"]):
             return _answer_logps(networks["model"], batch, group)
-
-    def sample(self, networks: Networks, request: Request) -> Samples:
-        """Answer prompts: those of the request, else some of the data."""
-        return self._language.sample(networks, request)
 
 
 def _answer_logps(model: nn.Module, batch: Batch, group: str = "") -> Tensor:
