@@ -5,7 +5,6 @@ All is counted over the token arrays, some rows at a time, so that a million row
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -159,10 +158,7 @@ def inspect(
         )
     for number, found, official in _compared(tokens, rows, fmts):
         if found != official:
-            at = len(os.path.commonprefix([found, official]))
-            wrong.append(
-                f"{rows.name(number)}: the tokens are not those of the tokenizer's own chat template, from token {at} on."
-            )
+            wrong.append(f"{rows.name(number)}: the tokens are not those of the tokenizer's own chat template.")
             break
     return Inspection(
         tuple(lines), tuple(_histogram(lengths)), tuple(wrong), lambda n: list(_coloured(tokens, rows, tokenizer, n))
