@@ -118,7 +118,7 @@ def inspect(
     lines = [
         f"{count:,} rows, {len(tokens.ids):,} tokens, of which {told:,} ({told / max(1, len(tokens.ids)):.0%}) are "
         f"learned; {some(again)} occur again",
-        _lengths(lengths),
+        lengths_in_words(lengths),
     ]
     answers = not any(isinstance(fmt, Documents) for fmt in fmts)
     if answers:
@@ -161,7 +161,7 @@ def inspect(
             wrong.append(f"{rows.name(number)}: the tokens are not those of the tokenizer's own chat template.")
             break
     return Inspection(
-        tuple(lines), tuple(_histogram(lengths)), tuple(wrong), lambda n: list(_coloured(tokens, rows, tokenizer, n))
+        tuple(lines), tuple(histogram(lengths)), tuple(wrong), lambda n: list(_coloured(tokens, rows, tokenizer, n))
     )
 
 
@@ -176,14 +176,15 @@ def fill(sizes: Ints, batch: int) -> float:
     return float(sizes.sum() / (width * np.diff(starts, append=len(sizes))).sum())
 
 
-def _lengths(lengths: Ints) -> str:
+def lengths_in_words(lengths: Ints) -> str:
+    """Return the percentiles of lengths as a line of text."""
     half, most, all_but = np.percentile(lengths, [50, 95, 99]).astype(int).tolist() if len(lengths) else (0, 0, 0)
     return (
         f"tokens of a row: half ≤ {half:,}, 95% ≤ {most:,}, 99% ≤ {all_but:,}, longest {int(lengths.max(initial=0)):,}"
     )
 
 
-def _histogram(lengths: Ints) -> Iterator[str]:
+def histogram(lengths: Ints) -> Iterator[str]:
     """Yield a line for each doubling of the length."""
     bounds = [0, *(1 << np.arange(3, 3 + max(1, int(lengths.max(initial=1)).bit_length() - 2))).tolist()]
     counts = np.histogram(lengths, [b + 0.5 if b else -0.5 for b in bounds])[0].tolist()

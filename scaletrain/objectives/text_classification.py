@@ -16,6 +16,8 @@ from pydantic import Field
 from scaletrain.config import NetworkSpec, Recipe, Strict
 from scaletrain.data.cache import content_key
 from scaletrain.data.classes import Classes
+from scaletrain.data.contract import Inspection, figures, histogram, lengths_in_words
+from scaletrain.data.dataset import Dataset
 from scaletrain.data.formats import Pairs, texts
 from scaletrain.data.text import LabelledTexts, encode, pad, tokenise
 from scaletrain.data.tokenizers import (
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("scaletrain")
 
+CLASSES_SHOWN = 8
+"""Of those with the most texts, in what is said of the data."""
 TOKENIZER_ROWS = 20_000
 """Rows of a stream that a tokenizer is trained on."""
 
@@ -91,6 +95,27 @@ class Objective(base.Objective[Config]):
             )
         typed = "token_type_ids" in fmt.tokenizer.model_input_names
         return LabelledTexts(tokens, labels, rows, filler(fmt.tokenizer), typed)
+
+    def inspect(self, dataset: Dataset) -> Inspection:
+        """Say how many texts each class has, how long they are, and which occur again."""
+        assert isinstance(dataset, LabelledTexts)
+        assert self.classes is not None
+        tokens, rows = dataset.tokens, dataset.rows
+        numbers = np.bincount(dataset.labels, minlength=len(self.classes.names)).tolist()
+        named = sorted(zip(numbers, self.classes.names, strict=True), reverse=True)
+        shown = ", ".join(f"{name} {n / len(rows):.1%}" for n, name in named[:CLASSES_SHOWN])
+        others = (
+            f" and {len(named) - CLASSES_SHOWN:,} more, the fewest {named[-1][0]:,}" if named[CLASSES_SHOWN:] else ""
+        )
+        again = figures(tokens, ()).again()
+        such = f", such as {rows.name(int(again[0]))}" if len(again) else ""
+        return Inspection(
+            (
+                f"{len(rows):,} texts in {len(named):,} classes: {shown}{others}",
+                f"{lengths_in_words(tokens.lengths)}; {len(again):,} texts occur again{such}",
+            ),
+            tuple(histogram(tokens.lengths)),
+        )
 
     def facts(self) -> dict[str, str]:
         """Return the tokenizer's."""
