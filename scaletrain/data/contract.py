@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 1 << 20
 OFFICIAL_ROWS = 64
 """Rows whose tokens are compared with the official template's."""
-FIRST = 3
+FIRST = 2
 """Rows that a message names."""
 
 
@@ -186,7 +186,8 @@ def lengths_in_words(lengths: Ints) -> str:
 
 def histogram(lengths: Ints) -> Iterator[str]:
     """Yield a line for each doubling of the length."""
-    bounds = [0, *(1 << np.arange(3, 3 + max(1, int(lengths.max(initial=1)).bit_length() - 2))).tolist()]
+    doublings = max(1, int(lengths.max(initial=1) - 1).bit_length() - 2)
+    bounds = [0, *(8 << np.arange(doublings)).tolist()]
     counts = np.histogram(lengths, [b + 0.5 if b else -0.5 for b in bounds])[0].tolist()
     for bound, count in zip(bounds[1:], counts, strict=True):
         yield f"≤ {bound:7,} {count:10,} {'█' * round(40 * count / max(1, *counts))}".rstrip()
