@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scaletrain.assemble import prepare
 from scaletrain.config import Recipe, SourceSpec
 from scaletrain.data.sources import open_rows
 from scaletrain.data.text import IGNORE, Samples, Tokens
 from scaletrain.errors import UserError
+from scaletrain.inspection import inspected
 from scaletrain.networks import causal_lm
 from scaletrain.objectives.base import Request
 from scaletrain.objectives.causal_lm import Config, Objective, check_attention, forward
@@ -344,3 +346,15 @@ def test_restored_from_its_folder(tmp_path: Path) -> None:
     module = network(again.networks()["model"].config)
     request = Request(2, torch.Generator().manual_seed(0), ("hello",), {"max_new_tokens": 3})
     assert (again.sample({"model": module}, request).texts or [""])[0].startswith("<|im_start|>user\nhello")
+
+
+def test_a_mixture_of_text_and_chats(tmp_path: Path) -> None:
+    rows_of(tmp_path, *[{"text": "the cat sat on the mat " * 9}] * 4, name="a.jsonl")
+    rows_of(tmp_path, *CHATS, name="b.jsonl")
+    sources = [{"path": str(tmp_path / name), "weight": 1} for name in ("a.jsonl", "b.jsonl")]
+    own = objective(seq_len=60, train=sources, packing=True)
+    mixture = prepare(own, own.recipe).train
+    assert [type(dataset).__name__ for dataset in mixture.datasets] == ["Blocks", "Samples"]
+    batch = mixture.collate([mixture.example(i, np.random.default_rng(0)) for i in (0, len(mixture) - 1)])
+    assert batch["position_ids"].shape == batch["labels"].shape
+    assert [len(found.lines) > 2 for _, found in inspected(own, prepare(own, own.recipe))] == [True, True]
