@@ -5,7 +5,6 @@ All is counted over the token arrays, some rows at a time, so that a million row
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 1 << 20
 OFFICIAL_ROWS = 64
 """Rows whose tokens are compared with the official template's."""
-FIRST = 3
+FIRST = 2
 """Rows that a message names."""
 
 
@@ -119,7 +118,7 @@ def inspect(
     lines = [
         f"{count:,} rows, {len(tokens.ids):,} tokens, of which {told:,} ({told / max(1, len(tokens.ids)):.0%}) are "
         f"learned; {some(again)} occur again",
-        _lengths(lengths),
+        lengths_in_words(lengths),
     ]
     answers = not any(isinstance(fmt, Documents) for fmt in fmts)
     if answers:
@@ -159,13 +158,10 @@ def inspect(
         )
     for number, found, official in _compared(tokens, rows, fmts):
         if found != official:
-            at = len(os.path.commonprefix([found, official]))
-            wrong.append(
-                f"{rows.name(number)}: the tokens are not those of the tokenizer's own chat template, from token {at} on."
-            )
+            wrong.append(f"{rows.name(number)}: the tokens are not those of the tokenizer's own chat template.")
             break
     return Inspection(
-        tuple(lines), tuple(_histogram(lengths)), tuple(wrong), lambda n: list(_coloured(tokens, rows, tokenizer, n))
+        tuple(lines), tuple(histogram(lengths)), tuple(wrong), lambda n: list(_coloured(tokens, rows, tokenizer, n))
     )
 
 
@@ -180,16 +176,18 @@ def fill(sizes: Ints, batch: int) -> float:
     return float(sizes.sum() / (width * np.diff(starts, append=len(sizes))).sum())
 
 
-def _lengths(lengths: Ints) -> str:
+def lengths_in_words(lengths: Ints) -> str:
+    """Return the percentiles of lengths as a line of text."""
     half, most, all_but = np.percentile(lengths, [50, 95, 99]).astype(int).tolist() if len(lengths) else (0, 0, 0)
     return (
         f"tokens of a row: half ≤ {half:,}, 95% ≤ {most:,}, 99% ≤ {all_but:,}, longest {int(lengths.max(initial=0)):,}"
     )
 
 
-def _histogram(lengths: Ints) -> Iterator[str]:
+def histogram(lengths: Ints) -> Iterator[str]:
     """Yield a line for each doubling of the length."""
-    bounds = [0, *(1 << np.arange(3, 3 + max(1, int(lengths.max(initial=1)).bit_length() - 2))).tolist()]
+    doublings = max(1, int(lengths.max(initial=1) - 1).bit_length() - 2)
+    bounds = [0, *(8 << np.arange(doublings)).tolist()]
     counts = np.histogram(lengths, [b + 0.5 if b else -0.5 for b in bounds])[0].tolist()
     for bound, count in zip(bounds[1:], counts, strict=True):
         yield f"≤ {bound:7,} {count:10,} {'█' * round(40 * count / max(1, *counts))}".rstrip()

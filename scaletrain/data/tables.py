@@ -12,15 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from operator import itemgetter
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
 
+from scaletrain.data.cache import cached, content_key
 from scaletrain.data.store import COMPRESSED, attempt, decompressed
 from scaletrain.errors import UserError
 
 Ints = npt.NDArray[np.int64]
+INDEXED_BYTES = 16 << 20
+"""From which size on the index of a JSON Lines file is kept in the cache."""
 
 
 class File(NamedTuple):
@@ -370,27 +374,44 @@ class ParquetTable(Table):
 class JsonLinesTable(Table):
     """One JSON object to a line, kept as bytes and parsed when asked for, so that values stay exactly as written.
 
-    (Arrow would give every object of a column the union of their keys.) Every line is parsed once at the start. Raises
-    UserError that names the line. Lines that are empty are no rows; a key that a line lacks is None.
+    (Arrow would give every object of a column the union of their keys.) Every line is parsed once at the start; of a
+    large file, what was found is kept. Raises UserError that names the line. Lines that are empty are no rows; a key
+    that a line lacks is None.
     """
 
     def __init__(self, file: File):
         self.label, self.folder, self._file = file.label, file.folder, file
-        self._numbers, self._starts, self._ends = array("q"), array("q"), array("q")
         mapped = file.local and not file.path.lower().endswith(COMPRESSED) and os.path.getsize(file.path) > 0
-        content = b"" if mapped else file.content()
-        self._content: np.ndarray = np.memmap(file.path, np.uint8, "r") if mapped else np.frombuffer(content, np.uint8)
+        content = None if mapped else file.content()
+        self._content: np.ndarray = (
+            np.memmap(file.path, np.uint8, "r") if content is None else np.frombuffer(content, np.uint8)
+        )
+        if len(self._content) < INDEXED_BYTES:
+            lines, self.columns = self._scan(content)
+        else:
+            folder = cached("lines", content_key("lines", self.digest), lambda f: self._keep(f, content))
+            lines, self.columns = np.load(folder / "lines.npy"), tuple(json.loads((folder / "keys.json").read_text()))
+        self._numbers, self._starts, self._ends = lines
+
+    def _scan(self, content: bytes | None) -> tuple[Ints, tuple[str, ...]]:
+        """Parse every line: of each that is no empty one (3, N) its number, start and end; and the keys of all."""
+        numbers, starts, ends = array("q"), array("q"), array("q")
         columns: dict[str, None] = {}
         end = 0
-        with open(file.path, "rb") if mapped else io.BytesIO(content) as stream:
+        with open(self._file.path, "rb") if content is None else io.BytesIO(content) as stream:
             for number, line in enumerate(stream, 1):
                 start, end = end, end + len(line)
                 if line.strip():
                     columns.update(dict.fromkeys(parse_line(line, self.label, number)))
-                    self._numbers.append(number)
-                    self._starts.append(start)
-                    self._ends.append(end)
-        self.columns = tuple(columns)
+                    numbers.append(number)
+                    starts.append(start)
+                    ends.append(end)
+        return np.array([numbers, starts, ends], np.int64), tuple(columns)
+
+    def _keep(self, folder: Path, content: bytes | None) -> None:
+        lines, columns = self._scan(content)
+        np.save(folder / "lines.npy", lines)
+        (folder / "keys.json").write_text(json.dumps(columns))
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from scaletrain.data.classes import Classes
+from scaletrain.data.contract import Inspection, figures, histogram, lengths_in_words
+from scaletrain.data.dataset import Dataset
 from scaletrain.data.formats import Pairs
 from scaletrain.data.text import LabelledTexts, encode, tokenise
 from scaletrain.data.tokenizers import filler
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 SCORED = 100
 """Classes up to which each has an F1 of its own."""
+CLASSES_SHOWN = 8
+"""Of those with the most texts, in what is said of the data."""
 
 
 class Config(TextConfig):
@@ -90,6 +94,28 @@ class Objective(TextObjective[Config]):
         of_each = np.zeros((len(rows), len(self.classes)), np.float32)
         of_each[np.repeat(np.arange(len(rows)), np.diff(lists.offsets)), lists.labels] = 1
         return of_each
+
+    def inspect(self, dataset: Dataset) -> Inspection:
+        """Say how many texts each class has, how long they are, and which occur again."""
+        assert isinstance(dataset, LabelledTexts)
+        assert self.classes is not None
+        tokens, rows = dataset.tokens, dataset.rows
+        of_each = dataset.labels.sum(0) if self.config.multi_label else np.bincount(dataset.labels)
+        numbers = [*of_each.astype(int).tolist(), *[0] * (len(self.classes) - len(of_each))]
+        named = sorted(zip(numbers, self.classes.names, strict=True), reverse=True)
+        shown = ", ".join(f"{name} {n / len(rows):.1%}" for n, name in named[:CLASSES_SHOWN])
+        others = (
+            f" and {len(named) - CLASSES_SHOWN:,} more, the fewest {named[-1][0]:,}" if named[CLASSES_SHOWN:] else ""
+        )
+        again = figures(tokens, ()).again()
+        such = f", such as {rows.name(int(again[0]))}" if len(again) else ""
+        return Inspection(
+            (
+                f"{len(rows):,} texts in {len(named):,} classes: {shown}{others}",
+                f"{lengths_in_words(tokens.lengths)}; {len(again):,} texts occur again{such}",
+            ),
+            tuple(histogram(tokens.lengths)),
+        )
 
     def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
         """Return the texts, `samples`, and their real tokens, `tokens`."""

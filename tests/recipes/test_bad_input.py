@@ -87,6 +87,29 @@ def all_masked(folder: Path, data: Path) -> tuple[list[object], list[str]]:
     return small("lm/lora", data, f"data.train={path}", "data.holdout=0"), ["masked.jsonl", "learn"]
 
 
+def empty_answers(folder: Path, data: Path) -> tuple[list[object], list[str]]:
+    path = lines(folder / "silent.jsonl", *[{"prompt": "a cat", "completion": c} for c in ("sat", "ran", "", "")])
+    words = ["50.0% of the rows", "silent.jsonl line 3", "the completion is empty", "objective.max_lost"]
+    return small("lm/lora", data, f"data.train={path}", "data.holdout=0"), words
+
+
+def cut_answers(folder: Path, data: Path) -> tuple[list[object], list[str]]:
+    rows = [{"prompt": "a cat " * n, "completion": "sat"} for n in (1, 1, 9)]
+    path = lines(folder / "long.jsonl", *rows)
+    words = ["33.3% of the rows", "long.jsonl line 3", "data.seq_len=8", "objective.max_lost"]
+    return small("lm/lora", data, f"data.train={path}", "data.holdout=0", "data.seq_len=8"), words
+
+
+def template_refuses(folder: Path, data: Path) -> tuple[list[object], list[str]]:
+    template = folder / "strict.jinja"
+    template.write_text("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
+                        "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}")  # fmt: skip
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "cat"}]
+    path = lines(folder / "chat.jsonl", {"messages": chat}, {"messages": [{"role": "system", "content": "b"}, *chat]})
+    change = [f"data.train={path}", "data.holdout=0", f"objective.chat_template={template}"]
+    return small("lm/lora", data, *change), ["chat.jsonl line 2", "no system here"]
+
+
 def class_out_of_range(folder: Path, data: Path) -> tuple[list[object], list[str]]:
     path = lines(folder / "classes.jsonl", {"text": "a cat", "label": 0}, {"text": "a dog", "label": 7})
     return small("text/classify", data, f"data.train={path}", "data.holdout=0", "objective.num_classes=2"), [
@@ -129,8 +152,8 @@ def unwritable(folder: Path, data: Path) -> tuple[list[object], list[str]]:
 
 
 CASES: list[Callable[[Path, Path], tuple[list[object], list[str]]]] = [
-    broken_line, no_column, empty, all_masked, class_out_of_range, corrupt_image, vocabulary, unknown_recipe,
-    python_tag, unwritable,
+    broken_line, no_column, empty, all_masked, empty_answers, cut_answers, template_refuses, class_out_of_range,
+    corrupt_image, vocabulary, unknown_recipe, python_tag, unwritable,
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from scaletrain.config import SourceSpec
+from scaletrain.data import tables
 from scaletrain.data.sources import Rows, open_rows, split_holdout
 from scaletrain.errors import UserError
 
@@ -285,3 +286,38 @@ def test_the_hub_is_asked_for_what_looks_like_an_id(monkeypatch: pytest.MonkeyPa
     message = fault("other/thing")
     assert "ConnectionError: no network" in message
     assert "no file or folder" in message
+
+
+def test_a_large_file_of_lines_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALETRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tables, "INDEXED_BYTES", 1)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n\n{"b": 2}\n')
+    first = rows_of(path)
+    calls: list[int] = []
+    parse = tables.parse_line
+    monkeypatch.setattr(tables, "parse_line", lambda *a: calls.append(1) or parse(*a))
+    again = rows_of(path)
+    assert not calls
+    for rows in (first, again):
+        assert rows.columns == ("a", "b")
+        assert list(rows.column("b")) == [None, 2]
+        assert rows.name(1).endswith("a.jsonl line 3")
+    path.write_text('{"c": 1}\n')
+    assert rows_of(path).columns == ("c",)
+
+
+def test_rows_that_are_alike(tmp_path: Path) -> None:
+    for name, keys in (("a", "xy"), ("b", "yx"), ("c", "z"), ("d", "xy")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{k: f"{name}{k}{i}" for k in keys} for i in range(3)])
+    rows = rows_of(str(tmp_path / "*.jsonl"))
+    assert [run.columns for run in rows.alike()] == [("x", "y"), ("z",), ("x", "y")]
+    assert [len(run) for run in rows.alike()] == [6, 3, 3]
+    some = rows.select([5, 7, 8, 0, 11])
+    assert [[run.name(i) for i in range(len(run))] for run in some.alike()] == [
+        [some.name(0)],
+        [some.name(1), some.name(2)],
+        [some.name(3), some.name(4)],
+    ]
+    assert [run.row(0) for run in some.alike()] == [{"x": "bx2", "y": "by2"}, {"z": "cz1"}, {"x": "ax0", "y": "ay0"}]
+    assert some.alike()[2].row(1) == {"x": "dx2", "y": "dy2"}

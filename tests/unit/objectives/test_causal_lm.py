@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scaletrain.assemble import prepare
 from scaletrain.config import Recipe, SourceSpec
 from scaletrain.data.sources import open_rows
 from scaletrain.data.text import IGNORE, Samples, Tokens
 from scaletrain.errors import UserError
+from scaletrain.inspection import inspected
 from scaletrain.networks import causal_lm
 from scaletrain.objectives.base import Request
 from scaletrain.objectives.causal_lm import Config, Objective, check_attention, forward, sample_lengths
@@ -299,6 +301,74 @@ def test_greedy_samples_equal_the_most_likely_tokens(tmp_path: Path) -> None:
         assert text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+CHATS = [
+    {"messages": [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": f"sat {i} on the mat"}]}
+    for i in range(8)
+]
+
+
+def test_only_what_makes_the_tokens_makes_them_anew(tmp_path: Path) -> None:
+    kept = tmp_path / "cache" / "tokens"
+    rows = rows_of(tmp_path, *CHATS)
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}{{ word }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant{{ word }}]{% endif %}"
+    )
+    own = {"chat_template": str(template)}
+
+    def entries(options: dict[str, Any], **data: Any) -> int:
+        prepared(objective(options, **data), rows, None)
+        return sum(path.is_dir() for path in kept.iterdir())
+
+    assert entries({}, seq_len=60) == entries({}, seq_len=58, packing=True) == 1
+    assert entries({"label_smoothing": 0.1}, seq_len=60) == 1
+    assert entries({"learn": "last"}, seq_len=60) == 2
+    assert entries(own, seq_len=60) == 3
+    assert entries({**own, "template_options": {"word": "!"}}, seq_len=60) == 4
+    assert entries({"tokenizer": {"vocab_size": 265}}, seq_len=60) == 5
+    assert entries({}, seq_len=60) == 5
+
+
+def test_a_template_of_the_user_s_own(tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    own = objective({"chat_template": str(template)}, seq_len=60)
+    with pytest.raises(UserError, match=r"objective.chat_template: .*mine.jinja` cannot be read"):
+        prepared(own, rows_of(tmp_path, *CHATS), None)
+    template.write_text("one\n{% for m in %}")
+    with pytest.raises(UserError, match=r"mine.jinja` line 2 is no Jinja template"):
+        prepared(own, rows_of(tmp_path, *CHATS), None)
+
+
+def test_sources_of_different_formats(tmp_path: Path) -> None:
+    pairs = rows_of(tmp_path, *PAIRS, name="a.jsonl")
+    chats = rows_of(tmp_path, *CHATS, name="b.jsonl")
+    both = open_rows([SourceSpec(path=str(tmp_path / name)) for name in ("a.jsonl", "b.jsonl", "a.jsonl")])
+    own = objective(seq_len=60)
+    data = prepared(own, both, None).train
+    assert own.tokenizer is not None
+    learned = [own.tokenizer.decode([i for i in data.at(k)["labels"] if i != IGNORE]) for k in range(len(data))]
+    end = own.tokenizer.eos_token
+    said = [f"{row['messages'][1]['content']}{end}" for row in CHATS]
+    written = [f"{row['completion']}{end}" for row in PAIRS]
+    assert learned == [*written, *said, *written]
+    assert [data.name(i) for i in (0, 12, 20)] == [pairs.name(0), chats.name(0), pairs.name(0)]
+    assert own.inspect(data).wrong == ()
+    rows_of(tmp_path, {"text": "the cat"}, name="c.jsonl")
+    mixed = open_rows([SourceSpec(path=str(tmp_path / name)) for name in ("a.jsonl", "c.jsonl")])
+    with pytest.raises(UserError, match=r"plain text and rows with answers .* `weight`"):
+        prepared(objective(seq_len=60), mixed, None)
+
+
+def test_too_many_rows_without_an_answer(tmp_path: Path) -> None:
+    silent = [{"messages": [{"role": "user", "content": "the cat?"}]}]
+    own = objective(seq_len=60)
+    found = own.inspect(prepared(own, rows_of(tmp_path, *CHATS, *silent), None).train)
+    assert found.wrong[0].startswith("11.1% of the rows are left without an answer, more than objective.max_lost=0.05")
+    own = objective({"max_lost": 0.2}, seq_len=60)
+    assert own.inspect(prepared(own, rows_of(tmp_path, *CHATS, *silent), None).train).wrong == ()
+
+
 def test_restored_from_its_folder(tmp_path: Path) -> None:
     own = objective(seq_len=60)
     chat = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "the cat sat on the mat " * 2}]
@@ -312,3 +382,15 @@ def test_restored_from_its_folder(tmp_path: Path) -> None:
     module = network(again.networks()["model"].config)
     request = Request(2, torch.Generator().manual_seed(0), ("hello",), {"max_new_tokens": 3})
     assert (again.sample({"model": module}, request).texts or [""])[0].startswith("<|im_start|>user\nhello")
+
+
+def test_a_mixture_of_text_and_chats(tmp_path: Path) -> None:
+    rows_of(tmp_path, *[{"text": "the cat sat on the mat " * 9}] * 4, name="a.jsonl")
+    rows_of(tmp_path, *CHATS, name="b.jsonl")
+    sources = [{"path": str(tmp_path / name), "weight": 1} for name in ("a.jsonl", "b.jsonl")]
+    own = objective(seq_len=60, train=sources, packing=True)
+    mixture = prepare(own, own.recipe).train
+    assert [type(dataset).__name__ for dataset in mixture.datasets] == ["Blocks", "Samples"]
+    batch = mixture.collate([mixture.example(i, np.random.default_rng(0)) for i in (0, len(mixture) - 1)])
+    assert batch["position_ids"].shape == batch["labels"].shape
+    assert [len(found.lines) > 2 for _, found in inspected(own, prepare(own, own.recipe))] == [True, True]

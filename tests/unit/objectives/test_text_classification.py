@@ -196,3 +196,12 @@ def test_bad_data_is_named(options: Any, train: Any, held: Any, message: str, tm
     eval_rows = rows_of(tmp_path, *held, name="eval.jsonl") if held else None
     with pytest.raises(UserError, match=message):
         prepared(own, rows_of(tmp_path, *train), eval_rows)
+
+
+def test_what_is_said_of_the_data(tmp_path: Path) -> None:
+    own = objective()
+    rows = [*({"text": "the cat sat " * (i + 1), "label": "good"} for i in range(3)), {"text": "a", "label": "bad"}]
+    data = prepared(own, rows_of(tmp_path, *rows, rows[0]), None).train
+    first, second = own.inspect(data).lines
+    assert first == "5 texts in 2 classes: good 80.0%, bad 20.0%"
+    assert second.endswith("1 texts occur again, such as " + data.name(4))
