@@ -155,8 +155,8 @@ class Packed(nn.Linear):
             self.register_buffer(f"scales_{number}", torch.zeros(size, dtype=dtype), persistent=False)
 
     @property
-    def W_q(self) -> Tensor:  # noqa: N802 (by which peft knows that there is `dequantize`)
-        """The weight as it is held."""
+    def W_q(self) -> Tensor:
+        """The weight as it is held; by it peft knows that there is `dequantize`."""
         return self.weight
 
     def dequantize(self) -> Tensor:
