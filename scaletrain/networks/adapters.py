@@ -81,7 +81,7 @@ def load_adapter(base: nn.Module, folder: Path, spec: AdapterSpec | None = None)
         config.r, config.lora_alpha = config.r // 2, config.lora_alpha / 2
     try:
         with _quiet():
-            adapted = get_peft_model(base, config)  # type: ignore[arg-type]
+            adapted = get_peft_model(base, config)
         read_adapter(adapted, folder, parts)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the adapter in {folder} does not fit this network: {error}") from error
@@ -150,9 +150,8 @@ def _config(module: nn.Module, spec: AdapterSpec, new_tokens: range) -> Any:
     if new_tokens and spec.type not in _LIKE_LORA:
         raise UserError(f"adapter.type: {spec.type} cannot train the embeddings of new tokens: take lora.")
     if spec.type == "vera":
-        more = {} if spec.d_initial is None else {"d_initial": spec.d_initial}
-        rank, dropout = spec.r or 256, spec.dropout or 0.0
-        return peft.VeraConfig(**common, r=rank, vera_dropout=dropout, target_modules=targets, **more)
+        rank, dropout, first = spec.r or 256, spec.dropout or 0.0, spec.d_initial or 0.1
+        return peft.VeraConfig(**common, r=rank, vera_dropout=dropout, d_initial=first, target_modules=targets)
     if spec.type == "ia3":
         if spec.targets is None and spec.feedforward is None:  # peft knows the paper's, of the usual architectures
             return peft.IA3Config(**common)
@@ -291,7 +290,7 @@ def _go_on(module: nn.Module, folder: Path) -> nn.Module:
         )
     base = Path(found.get("base_model_name_or_path") or "") / "config.json"
     if base.is_file() and hasattr(module, "config"):
-        was, now = json.loads(base.read_text()).get("model_type"), module.config.model_type
+        was, now = json.loads(base.read_text()).get("model_type"), module.config.model_type  # type: ignore[union-attr]
         if was != now:
             raise UserError(f"the adapter in `{folder}` was made for a {was} ({base.parent}); this network is a {now}.")
     return load_adapter(module, folder)
@@ -307,7 +306,7 @@ def _check_keys(module: nn.Module, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
-    config = module.peft_config["default"]  # type: ignore[index, union-attr]
+    config = module.peft_config["default"]  # type: ignore[index]
     with safe_open(folder / _WEIGHTS, "pt") as file:
         odd = set(file.keys()) ^ set(get_peft_model_state_dict(module, save_embedding_layers=_embeddings(config)))
     if odd:

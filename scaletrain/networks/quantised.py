@@ -70,7 +70,7 @@ def settle(module: nn.Module) -> None:
 
     On CPUs that know bf16 it would change them at the first evaluation, to a form that no gradient goes through.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for part in module.modules():
         if isinstance(part, Linear4bit):
@@ -106,7 +106,7 @@ def _kept(spec: QuantizeSpec, module: nn.Module) -> list[str]:
 
 def dequantised(module: nn.Module) -> nn.Module:
     """Give a network, in place, plain linear modules with the weights that its quantised ones stand for, in fp32."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
     from peft.utils.integrations import dequantize_module_weight
     from transformers.pytorch_utils import Conv1D
 
@@ -130,14 +130,13 @@ def pack(module: nn.Module, spec: QuantizeSpec) -> None:
     kept = _kept(spec, module)
     for name, part in _linear(module).items():
         if name not in kept:
-            inputs, outputs = part.weight.shape if not isinstance(part, nn.Linear) else reversed(part.weight.shape)
-            module.set_submodule(name, Packed(int(inputs), int(outputs), part.bias, spec))
+            weight: Any = part.weight
+            inputs, outputs = weight.shape[::-1] if isinstance(part, nn.Linear) else weight.shape  # GPT-2's Conv1D
+            module.set_submodule(name, Packed(inputs, outputs, part.bias, spec))
 
 
 class Packed(nn.Linear):
     """Takes the memory of a quantised linear module, and computes in the manner of one; its weights mean nothing."""
-
-    W_q = None  # by which peft knows that there is `dequantize`
 
     def __init__(self, inputs: int, outputs: int, bias: Any, spec: QuantizeSpec):
         nn.Module.__init__(self)
@@ -155,6 +154,11 @@ class Packed(nn.Linear):
         for number, (dtype, size) in enumerate(sizes.items()):
             self.register_buffer(f"scales_{number}", torch.zeros(size, dtype=dtype), persistent=False)
 
+    @property
+    def W_q(self) -> Tensor:
+        """The weight as it is held; by it peft knows that there is `dequantize`."""
+        return self.weight
+
     def dequantize(self) -> Tensor:
         """Return a weight of the whole size."""
         return torch.zeros(self.out_features, self.in_features, dtype=self._compute, device=self.weight.device)
@@ -169,10 +173,10 @@ class _Product(torch.autograd.Function):
     """x Wᵀ that keeps neither for the backward pass."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, module: Packed) -> Tensor:  # type: ignore[override]
+    def forward(context: Any, x: Tensor, module: Packed) -> Tensor:
         context.module = module
         return F.linear(x, module.dequantize())
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ context.module.dequantize(), None

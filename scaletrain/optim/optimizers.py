@@ -187,12 +187,12 @@ def _groups(
             why = "all that it matches is in groups before it" if taken else f"there are {_endings(named)}"
             raise UserError(f"`{key}.groups.{number}.match`: `{group.match}` has no parameter that is trained: {why}.")
     groups: Groups = []
-    for group, parameters in zip((None, *spec.groups), found, strict=True):
+    for own_figures, parameters in zip((None, *spec.groups), found, strict=True):
         figures: dict[str, Any] = {}
         decay = spec.weight_decay
-        if group is not None:
-            figures = {"lr": group.lr or spec.lr * (group.lr_factor or 1.0)}
-            decay = decay if group.weight_decay is None else group.weight_decay
+        if own_figures is not None:
+            figures = {"lr": own_figures.lr or spec.lr * (own_figures.lr_factor or 1.0)}
+            decay = decay if own_figures.weight_decay is None else own_figures.weight_decay
         own = [p for p in parameters if only(p)]
         matrices = [p for p in own if len(shape(p)) >= 2]
         vectors = [p for p in own if len(shape(p)) < 2]

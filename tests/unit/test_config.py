@@ -6,7 +6,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from scaletrain.config import Duration, EvaluateSpec, NetworkSpec, OptimizerSpec, Recipe
+from scaletrain.config import AdapterSpec, Duration, EvaluateSpec, NetworkSpec, OptimizerSpec, QuantizeSpec, Recipe
 
 SMALLEST = {"objective": {"type": "any"}, "data": {"train": "rows.csv"}}
 
@@ -134,3 +134,32 @@ def test_nothing_heavy_is_imported():
 )
 def test_which_of_two_metrics_is_better(metric: str, new: float, old: float, better: bool) -> None:
     assert EvaluateSpec.better(metric, new, old) is better
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type": "ia3", "r": 8}, "ia3 has no `r`"),
+        ({"type": "ia3", "alpha": 8.0}, "ia3 has no `alpha`"),
+        ({"type": "vera", "alpha": 8.0}, "vera has no `alpha`"),
+        ({"type": "prompt", "targets": ["q"]}, "prompt has no `targets`"),
+        ({"type": "prompt", "train_also": ["q"]}, "prompt has no `train_also`"),
+        ({"niter": 4}, "lora has no `niter`"),
+        ({"type": "olora", "niter": 4}, "olora has no `niter`"),
+        ({"virtual_tokens": 4}, "lora has no `virtual_tokens`"),
+        ({"feedforward": ["fc"]}, "lora has no `feedforward`"),
+        ({"path": "a", "r": 4}, "the adapter in `path` has its own `r`"),
+        ({"path": "a", "type": "dora"}, "leave `type` out"),
+    ],
+)
+def test_adapters_have_only_their_own_options(options, message):
+    with pytest.raises(ValidationError, match=message):
+        AdapterSpec(**options)
+
+
+def test_quantisation_may_be_written_short_and_int8_has_no_options():
+    assert NetworkSpec(quantize="nf4").quantize == QuantizeSpec(type="nf4")
+    with pytest.raises(ValidationError, match="int8 has no `double`"):
+        QuantizeSpec(type="int8", double=True)
+    with pytest.raises(ValidationError, match="int8 has no `compute`"):
+        QuantizeSpec(type="int8", compute="bfloat16")

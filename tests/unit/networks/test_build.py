@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from scaletrain.checkpoint.background import HostCopies
 from scaletrain.config import AdapterSpec, NetworkSpec
 from scaletrain.engine.data_parallel import DataParallel
 from scaletrain.engine.world import World
-from scaletrain.networks.build import build, save
+from scaletrain.errors import UserError
+from scaletrain.networks.build import build, outline, save
 from scaletrain.snapshot import _parts
 
 LLAMA = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -64,3 +68,64 @@ def test_written_from_a_copy_while_it_is_trained_on(case: str, tmp_path: Path) -
     assert files(tmp_path / "copy") == files(tmp_path / "live")
     save(module, spec, tmp_path / "later")
     assert files(tmp_path / "later") != files(tmp_path / "live")
+
+
+@pytest.mark.parametrize("make", [build, outline])
+def test_only_what_is_named_is_trained(make: Callable[..., nn.Module]) -> None:
+    config = {"features": 8}
+    whole = make("critic", NetworkSpec(type="dcgan_critic", config=config))
+    names = [name for name, _ in whole.named_parameters()]
+    last = names[-1].rpartition(".")[0]
+    spec = NetworkSpec(type="dcgan_critic", config=config, trainable=[rf"^{re.escape(last)}\.", "bias$"])
+    trained = {name for name, p in make("critic", spec).named_parameters() if p.requires_grad}
+    assert trained == {name for name in names if name.startswith(f"{last}.") or name.endswith("bias")}
+    assert 0 < len(trained) < len(names)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("hed", r"`hed` is in no parameter's name. There are `.*weight`"), (["weight", "(("], r"`\(\(` is no regular")],
+)
+def test_names_of_what_is_trained_that_match_nothing(words: str | list[str], message: str) -> None:
+    with pytest.raises(UserError, match=rf"networks.critic.trainable: {message}"):
+        build("critic", NetworkSpec(type="dcgan_critic", config={"features": 8}, trainable=words))
+
+
+CODE = """
+import pathlib
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pathlib.Path(__file__).parent  # code that runs
+open({ran!r}, "w").close()
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_weights_runs_only_when_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, ran = tmp_path / "own", tmp_path / "ran"
+    folder.mkdir()
+    size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(CODE.format(ran=str(ran)))
+    spec = NetworkSpec(type="causal_lm", path=str(folder))
+    with pytest.raises(UserError, match=r"needs code of its own.*`trust_remote_code: true`"):
+        build("model", spec)
+    assert not ran.exists()
+    module = build("model", spec.model_copy(update={"trust_remote_code": True}))
+    assert type(module).__name__ == "OwnModel"
+    assert ran.exists()

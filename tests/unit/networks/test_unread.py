@@ -44,7 +44,7 @@ def same(a: nn.Module, b: nn.Module) -> None:
 
 
 def lora(**options: object) -> AdapterSpec:
-    return AdapterSpec(r=2, **options)  # type: ignore[arg-type]
+    return AdapterSpec.model_validate({"r": 2, **options})
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,8 @@ def lora(**options: object) -> AdapterSpec:
         ("causal_lm", lora(type="rslora", dropout=0.1)),
         ("causal_lm", lora(targets=["q_proj", "embed_tokens"])),
         ("causal_lm", lora(targets=["q_proj"], train_also=["lm_head"])),
+        ("causal_lm", lora(type="vera", dropout=0.1)),
+        ("causal_lm", lora(type="ia3", r=None, train_also=["lm_head"])),
     ],
 )
 def test_as_built(kind: str, adapter: AdapterSpec | None, folder: Path, tmp_path: Path) -> None:
@@ -101,8 +103,18 @@ def test_what_cannot_be_read_as_it_is(spec: NetworkSpec) -> None:
     assert unread("model", spec) is None
 
 
-def test_a_head_that_is_not_there_and_an_adapter_of_the_weights(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [{"type": "dora"}, {"type": "pissa"}, {"type": "prompt", "r": None}, {"merge": ["a"]}]
+)
+def test_adapters_that_look_at_the_weights(options: dict[str, object], folder: Path) -> None:
+    assert unread("model", NetworkSpec(type="causal_lm", path=str(folder / "llama"), adapter=lora(**options))) is None
+
+
+def test_more_tokens_than_the_file_has(folder: Path) -> None:
+    spec = NetworkSpec(type="causal_lm", path=str(folder / "llama"), config={"vocab_size": 40}, adapter=lora())
+    assert unread("model", spec) is None
+
+
+def test_a_head_that_is_not_there(folder: Path) -> None:
     bert = NetworkSpec(type="text_classifier", path=str(folder / "bert"), config={"num_labels": 2})
     assert unread("model", bert) is None
-    llama = NetworkSpec(type="causal_lm", path=str(folder / "llama"), adapter=lora(type="dora"))
-    assert unread("model", llama) is None

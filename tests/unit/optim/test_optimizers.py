@@ -238,3 +238,61 @@ def test_a_figure_that_the_type_does_not_take_is_refused(kind, key, value):
 def test_figures_out_of_range_are_the_users_mistake(spec):
     with pytest.raises(UserError, match=r"`optimizer`: "):
         build_optimizer(OptimizerSpec(**spec), named(Net()))
+
+
+def rates(optimizer, net):
+    names = {id(p): name for name, p in net.named_parameters()}
+    return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_groups_have_figures_of_their_own_and_the_first_that_matches_wins(kind):
+    net = Net()
+    groups = [
+        {"match": r"model/hidden", "lr_factor": 16},
+        {"match": r"weight$", "lr": 0.3, "weight_decay": 0.2},
+    ]
+    spec = OptimizerSpec(type=kind, lr=0.01, weight_decay=0.1, groups=groups)
+    optimizer = build_optimizer(spec, named(net), [net])
+    assert rates(optimizer, net) == {
+        "hidden.weight": (0.16, 0.1), "hidden.bias": (0.16, 0.0), "embed.weight": (0.3, 0.2),
+        "head.weight": (0.3, 0.2), "norm.weight": (0.3, 0.0), "norm.bias": (0.01, 0.0), "head.bias": (0.01, 0.0),
+        "scale": (0.01, 0.0),
+    }  # fmt: skip
+
+
+def test_groups_are_torchs_own():
+    net, other = Net(), Net()
+    spec = OptimizerSpec(lr=0.01, groups=[{"match": "hidden|embed", "lr_factor": 4}])
+    fast = [other.embed.weight, other.hidden.weight, other.hidden.bias]
+    slow = [p for p in other.parameters() if all(p is not q for q in fast)]
+    train(net, [build_optimizer(spec, named(net))])
+    train(other, [torch.optim.AdamW([{"params": fast, "lr": 0.04}, {"params": slow}], lr=0.01, weight_decay=0.0)])
+    assert_same(net, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (
+            [{"match": "hiden", "lr": 1.0}],
+            r"optimizer.groups.0.match`: `hiden` has no parameter.*`embed.weight`, `hidden.weight`",
+        ),
+        (
+            [{"match": "hidden", "lr": 1.0}, {"match": "hidden.bias", "lr": 1.0}],
+            r"groups.1.match`: .*all that it matches is in groups before it",
+        ),
+    ],
+)
+def test_groups_that_match_nothing(groups, message):
+    net = Net()
+    with pytest.raises(UserError, match=message):
+        build_optimizer(OptimizerSpec(groups=groups), named(net), [net])
+
+
+@pytest.mark.parametrize(
+    "group", [{"match": "(("}, {"match": "a"}, {"match": "a", "lr": 1.0, "lr_factor": 2.0}, {"lr": 1.0}]
+)
+def test_groups_that_say_nothing_or_too_much(group):
+    with pytest.raises(ValueError, match=r"groups"):
+        OptimizerSpec(groups=[group])

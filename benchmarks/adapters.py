@@ -1,0 +1,91 @@
+"""Accuracy, trained share, step time and peak memory of every way to finetune a classifier, from text/classify.
+
+Each setting trains in a process of its own, by `scaletrain run`, on the same rows in the same order.
+
+    python benchmarks/adapters.py MODEL TRAIN DEV [--epochs 2] [--settings full lora ...] [--train-also pooler]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RANK = {"r": 16, "alpha": 32}
+SETTINGS: dict[str, dict[str, object]] = {
+    "full": {"networks.model.adapter": None, "players.model.optimizer.lr": 1e-4},
+    "lora": {"networks.model.adapter": {"type": "lora", **RANK}},
+    "rslora": {"networks.model.adapter": {"type": "rslora", "r": 16, "alpha": 8}},
+    "dora": {"networks.model.adapter": {"type": "dora", **RANK}},
+    "pissa": {"networks.model.adapter": {"type": "pissa", "r": 16, "alpha": 16}},
+    "lora+": {
+        "networks.model.adapter": {"type": "lora", **RANK},
+        "players.model.optimizer.lr": 1e-4,
+        "players.model.optimizer.groups": [{"match": "lora_B", "lr_factor": 16}],
+    },
+    "ia3": {"networks.model.adapter": {"type": "ia3"}, "players.model.optimizer.lr": 3e-3},
+    "qlora-8": {"networks.model.adapter": {"type": "lora", **RANK}, "networks.model.quantize": "int8"},
+    "qlora-4": {
+        "networks.model.adapter": {"type": "lora", **RANK},
+        "networks.model.quantize": {"type": "nf4", "double": True},
+    },
+}
+"""What a setting changes of the recipe; the rate is what its kind wants, found by hand."""
+
+
+def measure(name: str, options: argparse.Namespace, root: Path) -> list[str]:
+    """Train with one setting. Returns its line: accuracy, trained share, seconds of a step, peak memory."""
+    changes = {
+        "networks.model.path": options.model,
+        "data.train": options.train,
+        "data.eval": options.dev,
+        "train.duration": f"{options.epochs} epochs",
+        "checkpoint.every": "1_000_000 steps",
+        **SETTINGS[name],
+    }
+    adapter = changes["networks.model.adapter"]
+    if isinstance(adapter, dict) and options.train_also:
+        changes["networks.model.adapter"] = {**adapter, "train_also": options.train_also}
+    words = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    command = [sys.executable, "-m", "scaletrain", "run", "text/classify", *words, *options.override]
+    with (root / f"{name}.txt").open("w") as out:
+        process = subprocess.Popen([*command, "--root", root, "--run", name], stdout=out, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+    text = (root / f"{name}.txt").read_text()
+    if status:
+        raise SystemExit(f"{name}: {text[-2000:]}")
+    accuracy = json.loads((root / name / "summary.json").read_text())["metrics"]["accuracy"]
+    records = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
+    rates = [record["throughput"] for record in records if "throughput" in record][1:]
+    batch = re.search(r"global batch\s+(\d+)", text)
+    share = re.search(r"trained \S+ \((\S+)\)", text)
+    assert batch
+    assert share
+    seconds = int(batch.group(1)) / statistics.median(rates)
+    return [name, f"{accuracy:.4f}", share.group(1), f"{seconds:.3f}", f"{used.ru_maxrss / 1024:,.0f}"]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "train", "dev"):
+        parser.add_argument(name)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--train-also", nargs="*", default=[], help="modules that every adapter trains whole")
+    parser.add_argument("--override", nargs="*", default=[], help="further keys of the recipe, such as seed=1")
+    options = parser.parse_args()
+    print("| setting | accuracy | trained | s a step | peak MiB |\n|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.settings:
+            print(f"| {' | '.join(measure(name, options, Path(folder)))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
