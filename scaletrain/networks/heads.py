@@ -36,7 +36,7 @@ Shape = Callable[[Tensor], Tensor]
 
 ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 """Logits that exist at a time, by device: products of fewer places are slower, and of more hardly faster."""
-_FEWEST = 64
+_FEWEST = 256
 """Places at a time, however large the vocabulary."""
 _LIFT = {torch.float16: 256.0}
 """Factor on the logits' gradients in a type whose smallest numbers are near those of a softmax. Loss scaling comes

@@ -35,6 +35,7 @@ from scaletrain.data.stream import WINDOW, Stream
 from scaletrain.engine.choice import build_engine
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
+from scaletrain.networks import heads
 from scaletrain.objectives.base import Data, Networks, Objective
 from scaletrain.planning.ledger import AVERAGE, GRADIENTS, OPTIMISER, WEIGHTS, Ledger
 from scaletrain.player import Player, Turn
@@ -208,7 +209,7 @@ class Rehearsal:
     @contextmanager
     def _watched(self) -> Iterator[None]:
         try:
-            with self._fake, self._ledger.watching():
+            with heads.on("cuda" if self._cuda else "cpu"), self._fake, self._ledger.watching():
                 yield
         except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
             raise Unknown(str(error.func)) from error
