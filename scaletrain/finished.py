@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,13 @@ class FinishedStage:
         return cls(folder, stage, found, objective_of(stage.recipe))
 
     def restore(self) -> None:
-        """Give the objective back what it found out about the data."""
-        self.objective.restore({p.name: p for p in (self.checkpoint / "networks").iterdir()})
+        """Give the objective back what it found out about the data, and where frozen networks of other runs are."""
+        folders = {p.name: p for p in (self.checkpoint / "networks").iterdir()}
+        for name, spec in self.stage.recipe.networks.items():
+            if spec.frozen and spec.source:
+                with suppress(UserError):  # they may be gone: for samples they need not be there
+                    folders[name] = Shelf(self.folder).folder(spec.source)
+        self.objective.restore(folders)
 
     def networks(self, device: torch.device) -> dict[str, torch.nn.Module]:
         """Load all networks, averaged where an average is kept, at rest on a device."""
