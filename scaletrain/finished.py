@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,13 @@ class FinishedStage:
         return replace(self, stage=stage, objective=objective_of(stage.recipe))
 
     def restore(self) -> None:
-        """Give the objective back what it found out about the data."""
-        self.objective.restore({p.name: p for p in (self.checkpoint / "networks").iterdir()})
+        """Give the objective back what it found out about the data, and where frozen networks of other runs are."""
+        folders = {p.name: p for p in (self.checkpoint / "networks").iterdir()}
+        for name, spec in self.stage.recipe.networks.items():
+            if spec.frozen and spec.source:
+                with suppress(UserError):  # they may be gone: for samples they need not be there
+                    folders[name] = Shelf(self.folder).folder(spec.source)
+        self.objective.restore(folders)
 
     def held(self, files: Sequence[str]) -> Dataset | None:
         """Prepare files, or else the recipe's evaluation data. Training data are read for a holdout only.

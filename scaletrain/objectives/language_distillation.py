@@ -27,7 +27,7 @@ from scaletrain.data.cache import content_key
 from scaletrain.data.contract import Inspection
 from scaletrain.data.dataset import Dataset
 from scaletrain.data.text import IGNORE
-from scaletrain.data.tokenizers import check_vocabulary, filler, load_tokenizer
+from scaletrain.data.tokenizers import TokenizerConfig, check_vocabulary, filler, load_tokenizer
 from scaletrain.data.top_k import TopK, WithTopK
 from scaletrain.errors import UserError
 from scaletrain.evaluation import batch_size
@@ -138,7 +138,7 @@ class Objective(Speaking[Config]):
         self._vocabulary = 0  # embeddings may be padded beyond it, by each network in its own way
         self._widths = (0, 0)
         self._kept: list[TopK] = []
-        self._checked = False
+        self._checked: set[str] = set()
 
     # --- before the training ------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class Objective(Speaking[Config]):
         if self.config.cache and train.streaming:
             raise UserError("objective.cache needs data whose rows have numbers; these stream. Set stream to false.")
         spoken, new = self._tokenizer_of_teacher(), not (self.language.spec.path or self.language.spec.source)
-        if new and spoken and self.config.tokenizer == type(self.config.tokenizer)():
+        if new and spoken and self.config.tokenizer == TokenizerConfig():
             self.language.tokenizer = spoken
         self.language.prepare(train, eval)
         if self.config.on_policy and self.language._format == "text":
@@ -371,10 +371,9 @@ class Objective(Speaking[Config]):
         return self.language.judge(networks, batch, lockstep)
 
     def _check_attention(self, networks: Networks, batch: Batch) -> None:
-        if not self._checked:
-            for network in networks.values():
-                causal_lm.check_attention(network, batch, self.recipe.data.packing)
-            self._checked = True
+        for name in sorted(networks.keys() - self._checked):
+            causal_lm.check_attention(networks[name], batch, self.recipe.data.packing)
+            self._checked.add(name)
 
     def _terms(self, networks: Networks, batch: Batch, figures: Sequence[str]) -> dict[str, Term]:
         inputs, learned, config = _inputs(batch), batch["learned"], self.config

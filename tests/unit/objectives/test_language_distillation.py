@@ -17,6 +17,7 @@ from scaletrain.config import Recipe, SourceSpec
 from scaletrain.data.sources import open_rows
 from scaletrain.data.text import IGNORE
 from scaletrain.errors import UserError
+from scaletrain.finished import evaluate
 from scaletrain.networks import causal_lm, heads, projection
 from scaletrain.objectives._divergence import divergence
 from scaletrain.objectives._on_policy import batch_of, continued, prompts_of
@@ -286,6 +287,22 @@ def test_the_second_start_builds_no_teacher(folders: Path, tmp_path: Path, monke
         losses.append([r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())])
     assert losses[0] == losses[1]
     assert loaded == ["teacher", "student", "student"]
+
+
+@pytest.mark.parametrize("options", [{"cache": {"top_k": 5}}, {}])
+def test_a_run_teaches_another_which_is_evaluated_afterwards(
+    options: dict[str, Any], folders: Path, tmp_path: Path
+) -> None:
+    rows = str(folders / "rows.jsonl")
+    first = recipe_of(folders, {}, networks={}) | {"networks": {"model": {"path": str(folders / "teacher")}}}
+    train(Recipe.model_validate(first | {"objective": {"type": "causal_lm"}}), "first", tmp_path)
+    teacher = {"frozen": True, "from": f"run:{tmp_path / 'first'}/model"}
+    second = recipe_of(folders, options, networks={"teacher": teacher}, data={"eval": rows})
+    folder = train(Recipe.model_validate(second), "second", tmp_path)
+    last = [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "evaluate"]
+    found, _ = evaluate(folder)
+    assert {"loss", "agreement", "perplexity"} <= found.keys()
+    assert found == {name: pytest.approx(last[-1][name], rel=1e-6) for name in found}
 
 
 @pytest.mark.parametrize("packing", [False, True])
