@@ -160,7 +160,7 @@ class Objective(base.Objective[Config]):
         if isinstance(self.config.loss, KTO):
             labels = preferences.judgements(rows.take(["label"], np.arange(len(rows)))["label"], rows)
             sequences = answered("completion", "")
-            found = preferences.ratings(sequences, labels, rows, shape, self.recipe.seed, quiet=window)
+            found = preferences.ratings(sequences, labels, rows, shape, self.recipe.seed, training, quiet=window)
         else:
             both = answered("chosen", "rejected"), answered("rejected", "chosen")
             found = preferences.pairs(*both, rows, shape, quiet=window)

@@ -27,7 +27,10 @@ from scaletrain.recipe import load, load_code
 from scaletrain.runs import foresee, train
 from tests.recipes.tiny import make_data, overrides
 
-RECIPES = ("quickstart", "lm/pretrain", "lm/lora", "text/classify", "vision/cnn", "vision/resnet18", "gan/dcgan")
+RECIPES = (
+    "quickstart", "lm/pretrain", "lm/lora", "lm/dpo", "lm/kto", "text/classify", "vision/cnn", "vision/resnet18",
+    "gan/dcgan",
+)  # fmt: skip
 ONE = Way("ddp", 1, False, False)
 
 
