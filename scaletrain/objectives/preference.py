@@ -197,8 +197,10 @@ class Objective(base.Objective[Config]):
         return found | {"reference": given.model_copy(update={"type": given.type or model.type, **where})}
 
     def _without_adapter(self) -> bool:
+        """Say whether the model is the reference where its adapter is off: a new one, over weights that it keeps."""
         adapter = self.spec.adapter
-        return adapter is not None and adapter.type in _KEEPS and self.spec.source is None
+        goes_on = self.spec.source or getattr(adapter, "path", None)
+        return adapter is not None and adapter.type in _KEEPS and not goes_on
 
     # --- losses -------------------------------------------------------------------------------------------------------
 
