@@ -325,22 +325,29 @@ def pairs(chosen: Sequences, rejected: Sequences, rows: Rows, shape: Shape, quie
 
 
 def ratings(
-    answered: Sequences, labels: npt.NDArray[np.bool_], rows: Rows, shape: Shape, seed: int, quiet: bool = False
+    answered: Sequences,
+    labels: npt.NDArray[np.bool_],
+    rows: Rows,
+    shape: Shape,
+    seed: int,
+    training: bool = True,
+    quiet: bool = False,
 ) -> Preferences:
     """Return answers that were judged, each beside its prompt with the answer of another row.
 
-    seed: by which those are chosen, among the rows with another prompt. quiet: as for `pairs`. Raises UserError.
+    seed: by which those are chosen, among the rows with another prompt. training: answers of both kinds are needed.
+    quiet: as for `pairs`. Raises UserError.
     """
     fitting = _fitting([answered], shape.seq_len)
     kept = np.flatnonzero(fitting)
     own, judged = answered.take(kept), labels[kept]
-    others = _others(own.prompts, seed, rows) if not quiet or len(kept) > 1 else np.arange(len(kept))
+    others = _others(own.prompts, seed, rows) if len(kept) > 1 else np.arange(len(kept))
     mismatched = Sequences(own.prompts, own.answers.take(others))
     found = Preferences({"": [own], MISMATCHED: [mismatched]}, rows, kept, shape, judged)
     if not quiet:
         _say(found, fitting, np.zeros(len(rows), bool))
         good = int(judged.sum())
-        if good in (0, len(kept)):
+        if training and good in (0, len(kept)):
             raise UserError(f"every `label` is {bool(good)}: rows of both kinds are needed.")
         log.info("%s desirable and %s undesirable rows", f"{good:,}", f"{len(kept) - good:,}")
     return found

@@ -169,7 +169,7 @@ class Objective(Speaking[Config]):
         if isinstance(self.config.loss, KTO):
             labels = preferences.judgements(rows.take(["label"], np.arange(len(rows)))["label"], rows)
             sequences = answered("completion", "")
-            found = preferences.ratings(sequences, labels, rows, shape, self.recipe.seed, quiet=window)
+            found = preferences.ratings(sequences, labels, rows, shape, self.recipe.seed, training, quiet=window)
         else:
             both = answered("chosen", "rejected"), answered("rejected", "chosen")
             found = preferences.pairs(*both, rows, shape, quiet=window)
@@ -194,8 +194,10 @@ class Objective(Speaking[Config]):
         return found | {"reference": given.model_copy(update={"type": given.type or model.type, **where})}
 
     def _without_adapter(self) -> bool:
+        """Say whether the model is the reference where its adapter is off: a new one, over weights that it keeps."""
         adapter = self.spec.adapter
-        return adapter is not None and adapter.type in _KEEPS and self.spec.source is None
+        goes_on = self.spec.source or getattr(adapter, "path", None)
+        return adapter is not None and adapter.type in _KEEPS and not goes_on
 
     # --- losses -------------------------------------------------------------------------------------------------------
 

@@ -28,8 +28,8 @@ from scaletrain.runs import foresee, train
 from tests.recipes.tiny import make_data, overrides
 
 RECIPES = (
-    "quickstart", "lm/pretrain", "lm/lora", "text/classify", "text/regress", "text/tag", "text/distill",
-    "encoder/roberta", "seq2seq/transformer", "vision/cnn", "vision/resnet18", "gan/dcgan",
+    "quickstart", "lm/pretrain", "lm/lora", "lm/dpo", "lm/kto", "text/classify", "text/regress", "text/tag",
+    "text/distill", "encoder/roberta", "seq2seq/transformer", "vision/cnn", "vision/resnet18", "gan/dcgan",
 )  # fmt: skip
 ONE = Way("ddp", 1, False, False)
 

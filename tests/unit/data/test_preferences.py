@@ -249,5 +249,17 @@ def test_bad_labels(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"all prompts are the same, as in .*rows.jsonl line 1"):
         ratings(sequences, np.array([True, False]), alike, Shape(8, 0, False), 0)
     rows = rows_of(tmp_path, row, row | {"prompt": "c"})
+    held = ratings(answered(rows, "completion"), np.array([True, True]), rows, Shape(8, 0, False), 0, training=False)
+    assert len(held) == 2
     with pytest.raises(UserError, match=r"every `label` is True: rows of both kinds are needed"):
         ratings(answered(rows, "completion"), np.array([True, True]), rows, Shape(8, 0, False), 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_window_of_a_stream_may_come_to_nothing(packed: bool, tmp_path: Path) -> None:
+    rows = rows_of(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "b", "completion": "b c d", "label": True})
+    assert len(pairs(answered(rows, "chosen"), answered(rows, "rejected"), rows, Shape(2, 0, packed), quiet=True)) == 0
+    sequences, labels = answered(rows, "completion"), np.array([True])
+    assert len(ratings(sequences, labels, rows, Shape(2, 0, packed), 0, quiet=True)) == 0
+    with pytest.raises(UserError, match=r"no row of 1 is left to learn from: their answer has no tokens, or more than"):
+        ratings(sequences, labels, rows, Shape(2, 0, packed), 0)

@@ -18,8 +18,8 @@ from tests.recipes.tiny import make_data, overrides
 LLAMA = {"model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 RECIPES = (
-    "quickstart", "lm/pretrain", "lm/lora", "text/classify", "text/regress", "text/tag", "text/distill",
-    "encoder/roberta", "seq2seq/transformer", "vision/cnn", "vision/resnet18", "gan/dcgan",
+    "quickstart", "lm/pretrain", "lm/lora", "lm/dpo", "lm/kto", "text/classify", "text/regress", "text/tag",
+    "text/distill", "encoder/roberta", "seq2seq/transformer", "vision/cnn", "vision/resnet18", "gan/dcgan",
 )  # fmt: skip
 
 
