@@ -35,6 +35,8 @@ def add_adapter(module: nn.Module, spec: AdapterSpec) -> nn.Module:
         target_modules=spec.targets,
         modules_to_save=spec.train_also or None,
         ensure_weight_tying=_names_tied(module, spec),
+        # peft leaves the heads of whole texts out of `all-linear` by itself, but not those of tokens.
+        exclude_modules=["classifier", "score"] if _task(module) == "TOKEN_CLS" else None,
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right, for GPT-2's Conv1D
