@@ -172,6 +172,8 @@ def _config(module: nn.Module, spec: AdapterSpec, new_tokens: range) -> Any:
         use_rslora=spec.type == "rslora",
         use_dora=spec.type == "dora",
         target_modules=targets,
+        # peft leaves the heads of whole texts out of `all-linear` by itself, but not those of tokens.
+        exclude_modules=["classifier", "score"] if common["task_type"] == "TOKEN_CLS" else None,
         trainable_token_indices=_rows(module, spec, new_tokens) or None,
         ensure_weight_tying=_names_tied(module, spec),
     )
