@@ -155,8 +155,8 @@ def _prove(run: FinishedStage, network: _Network, form: Form, hidden: Path, base
     spec = network.spec
     if spec.qat:
         unrounded(network.module)
-        if form.quantize == spec.qat.type and form.group in (None, spec.qat.group):
-            form = replace(form, group=spec.qat.group if form.quantize == "int4" else None)
+        if form.quantize == spec.qat.type and form.group in (None, spec.qat.shared):
+            form = replace(form, group=spec.qat.shared)
             network.drifts.append("trained for")
         else:
             trained = outputs(network.module, asked.inputs)
