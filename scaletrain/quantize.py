@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -55,17 +55,17 @@ def quantize_run(
     world = World(torch.device("cpu"))
     networks: dict[str, Any] = run.networks(world.device)
     written = export_run(folder, destination, form)
-    with torch.no_grad():
-        metrics = evaluate(run.objective, networks, held, recipe, world)
-        whole = sum(_memory(networks[part.path.name]) for part in written)
-        before = Figures(metrics, whole, whole, _speed(run, networks, written))
-        for part in written:
-            kind = json.loads((part.path / "config.json").read_text())["architectures"][0]
-            networks[part.path.name] = load(str(part.path), kind, None)[0].requires_grad_(False)
-        metrics = evaluate(run.objective, networks, held, recipe, world)
-    disk = sum(entry.stat().st_size for part in written for entry in part.path.glob("*.safetensors"))
-    memory = sum(_memory(networks[part.path.name]) for part in written)
-    return written, as_table(before, Figures(metrics, disk, memory, _speed(run, networks, written)))
+    kinds = {p.path: json.loads((p.path / "config.json").read_text()).get("architectures", [None])[0] for p in written}
+    folders = {path.name: path for path, kind in kinds.items() if kind}
+    metrics = evaluate(run.objective, networks, held, recipe, world)
+    whole = sum(_memory(networks[name]) for name in folders)
+    before = Figures(metrics, whole, whole, _speed(run, networks, folders))
+    for name, path in folders.items():
+        networks[name] = load(str(path), kinds[path], None)[0].requires_grad_(False)
+    metrics = evaluate(run.objective, networks, held, recipe, world)
+    disk = sum(file.stat().st_size for path in folders.values() for file in path.glob("*.safetensors"))
+    memory = sum(_memory(networks[name]) for name in folders)
+    return written, as_table(before, Figures(metrics, disk, memory, _speed(run, networks, folders)))
 
 
 def _memory(module: nn.Module) -> int:
@@ -88,12 +88,12 @@ def _bytes_of_state(state: Any) -> int:
     return sum(_bytes_of_state(part) for part in parts if part is not None)
 
 
-def _speed(run: FinishedStage, networks: Mapping[str, Any], written: Sequence[Written]) -> float:
-    """Return tokens in a second of a forward pass of the networks one after the other: the median of some."""
+def _speed(run: FinishedStage, networks: Mapping[str, Any], names: Collection[str]) -> float:
+    """Return tokens in a second of a forward pass of some networks one after the other: the median of some passes."""
     total, seconds = 0, 0.0
-    for part in written:
-        module = networks[part.path.name]
-        asked = probe(run, part.path.name, module)
+    for name in names:
+        module = networks[name]
+        asked = probe(run, name, module)
         assert asked is not None
         times = []
         for _ in range(6):

@@ -272,7 +272,7 @@ def test_messages(tied: Path, classifier: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             Form(**option)
     for source, form, message in (
-        (tied, Form(merge=True), "network `model` has no adapter to merge"),
+        (tied, Form(merge=True), "`model`: there is no adapter to merge"),
         (classifier, Form(dtype="float16"), "say --merge, too"),
         (tied, Form(quantize="int4"), "groups of 32 do not divide the 16 inputs"),
         (tied, Form(quantize="bnb-nf4"), "take int4"),
