@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,7 @@ from scaletrain.config import Recipe
 from scaletrain.engine.world import World
 from scaletrain.errors import UserError
 from scaletrain.evaluation import evaluate
-from scaletrain.export.gate import probe
+from scaletrain.export.gate import Probe, probe
 from scaletrain.export.plain import load, outputs
 from scaletrain.export.run import Form, Written, export_run
 from scaletrain.finished import FinishedStage
@@ -57,15 +57,16 @@ def quantize_run(
     written = export_run(folder, destination, form)
     kinds = {p.path: json.loads((p.path / "config.json").read_text()).get("architectures", [None])[0] for p in written}
     folders = {path.name: path for path, kind in kinds.items() if kind}
+    asked = {name: probe(run, name, networks[name]) for name in folders}
     metrics = evaluate(run.objective, networks, held, recipe, world)
     whole = sum(_memory(networks[name]) for name in folders)
-    before = Figures(metrics, whole, whole, _speed(run, networks, folders))
+    before = Figures(metrics, whole, whole, _speed(networks, asked))
     for name, path in folders.items():
         networks[name] = load(str(path), kinds[path], None)[0].requires_grad_(False)
     metrics = evaluate(run.objective, networks, held, recipe, world)
     disk = sum(file.stat().st_size for path in folders.values() for file in path.glob("*.safetensors"))
     memory = sum(_memory(networks[name]) for name in folders)
-    return written, as_table(before, Figures(metrics, disk, memory, _speed(run, networks, folders)))
+    return written, as_table(before, Figures(metrics, disk, memory, _speed(networks, asked)))
 
 
 def _memory(module: nn.Module) -> int:
@@ -88,19 +89,17 @@ def _bytes_of_state(state: Any) -> int:
     return sum(_bytes_of_state(part) for part in parts if part is not None)
 
 
-def _speed(run: FinishedStage, networks: Mapping[str, Any], names: Collection[str]) -> float:
+def _speed(networks: Mapping[str, Any], asked: Mapping[str, Probe | None]) -> float:
     """Return tokens in a second of a forward pass of some networks one after the other: the median of some passes."""
     total, seconds = 0, 0.0
-    for name in names:
-        module = networks[name]
-        asked = probe(run, name, module)
-        assert asked is not None
+    for name, inputs in asked.items():
+        assert inputs is not None  # or it would not have been quantised
         times = []
         for _ in range(6):
             begun = time.perf_counter()
-            outputs(module, asked.inputs)
+            outputs(networks[name], inputs.inputs)
             times.append(time.perf_counter() - begun)
-        total += asked.inputs["input_ids"].numel()
+        total += inputs.inputs["input_ids"].numel()
         seconds += median(times[1:])
     return total / seconds
 
