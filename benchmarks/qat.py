@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SIZE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
+SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 def call(*words: object) -> str:

@@ -26,6 +26,7 @@ from scaletrain.engine.statistics import statistics
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import decode
 from scaletrain.networks import quantised
+from scaletrain.networks._quantised import require_torchao
 from scaletrain.networks.build import build, network_module
 from scaletrain.networks.unread import unread
 from scaletrain.objectives.base import Data, Objective
@@ -115,6 +116,8 @@ def check_names(recipe: Recipe, turns: tuple[Turn, ...], specs: Mapping[str, Net
     for name, spec in specs.items():
         if spec.type is None:
             raise UserError(f"networks.{name}.type is missing: say which network it is.")
+        if spec.qat is not None:
+            require_torchao(f"networks.{name}.qat")
         decode(network_module(spec.type, f"networks.{name}").Config, spec.config, f"networks.{name}.config")
         quantised.check(spec, f"networks.{name}")
     for name in recipe.networks:

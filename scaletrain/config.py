@@ -205,8 +205,19 @@ class QATSpec(Strict):
     """
 
     type: Literal["int4", "int8"] = "int4"
-    group: int = Field(32, ge=8)
-    """int4: neighbouring weights of a row that share a scale. In int8, all of a row do."""
+    group: int | None = Field(None, ge=8)
+    """int4: neighbouring weights of a row that share a scale, by default 32. In int8, all of a row do."""
+
+    @model_validator(mode="after")
+    def _group_is_for_int4(self) -> QATSpec:
+        if self.type == "int8" and self.group is not None:
+            raise ValueError("int8 has a scale for each row of a weight: leave `group` out")
+        return self
+
+    @property
+    def shared(self) -> int | None:
+        """How many weights share a scale; None for all of a row."""
+        return (self.group or 32) if self.type == "int4" else None
 
 
 class NetworkSpec(Strict):

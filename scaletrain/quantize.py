@@ -17,7 +17,7 @@ from scaletrain.config import Recipe
 from scaletrain.engine.world import World
 from scaletrain.errors import UserError
 from scaletrain.evaluation import evaluate
-from scaletrain.export.gate import probe
+from scaletrain.export.gate import Probe, probe
 from scaletrain.export.plain import load, outputs
 from scaletrain.export.run import Form, Written, export_run
 from scaletrain.finished import FinishedStage
@@ -55,17 +55,18 @@ def quantize_run(
     world = World(torch.device("cpu"))
     networks: dict[str, Any] = run.networks(world.device)
     written = export_run(folder, destination, form)
-    with torch.no_grad():
-        metrics = evaluate(run.objective, networks, held, recipe, world)
-        whole = sum(_memory(networks[part.path.name]) for part in written)
-        before = Figures(metrics, whole, whole, _speed(run, networks, written))
-        for part in written:
-            kind = json.loads((part.path / "config.json").read_text())["architectures"][0]
-            networks[part.path.name] = load(str(part.path), kind, None)[0].requires_grad_(False)
-        metrics = evaluate(run.objective, networks, held, recipe, world)
-    disk = sum(entry.stat().st_size for part in written for entry in part.path.glob("*.safetensors"))
-    memory = sum(_memory(networks[part.path.name]) for part in written)
-    return written, as_table(before, Figures(metrics, disk, memory, _speed(run, networks, written)))
+    kinds = {p.path: json.loads((p.path / "config.json").read_text()).get("architectures", [None])[0] for p in written}
+    folders = {path.name: path for path, kind in kinds.items() if kind}
+    asked = {name: probe(run, name, networks[name]) for name in folders}
+    metrics = evaluate(run.objective, networks, held, recipe, world)
+    whole = sum(_memory(networks[name]) for name in folders)
+    before = Figures(metrics, whole, whole, _speed(networks, asked))
+    for name, path in folders.items():
+        networks[name] = load(str(path), kinds[path], None)[0].requires_grad_(False)
+    metrics = evaluate(run.objective, networks, held, recipe, world)
+    disk = sum(file.stat().st_size for path in folders.values() for file in path.glob("*.safetensors"))
+    memory = sum(_memory(networks[name]) for name in folders)
+    return written, as_table(before, Figures(metrics, disk, memory, _speed(networks, asked)))
 
 
 def _memory(module: nn.Module) -> int:
@@ -88,19 +89,17 @@ def _bytes_of_state(state: Any) -> int:
     return sum(_bytes_of_state(part) for part in parts if part is not None)
 
 
-def _speed(run: FinishedStage, networks: Mapping[str, Any], written: Sequence[Written]) -> float:
-    """Return tokens in a second of a forward pass of the networks one after the other: the median of some."""
+def _speed(networks: Mapping[str, Any], asked: Mapping[str, Probe | None]) -> float:
+    """Return tokens in a second of a forward pass of some networks one after the other: the median of some passes."""
     total, seconds = 0, 0.0
-    for part in written:
-        module = networks[part.path.name]
-        asked = probe(run, part.path.name, module)
-        assert asked is not None
+    for name, inputs in asked.items():
+        assert inputs is not None  # or it would not have been quantised
         times = []
         for _ in range(6):
             begun = time.perf_counter()
-            outputs(module, asked.inputs)
+            outputs(networks[name], inputs.inputs)
             times.append(time.perf_counter() - begun)
-        total += asked.inputs["input_ids"].numel()
+        total += inputs.inputs["input_ids"].numel()
         seconds += median(times[1:])
     return total / seconds
 

@@ -24,7 +24,7 @@ def load(folder: str, kind: str, base: dict[str, Any] | None) -> tuple[Any, list
     import transformers
 
     auto = getattr(transformers, kind)
-    path, options = (base["path"], base["options"]) if base else (folder, {"dtype": "auto"})
+    path, options = (base["path"], base["options"]) if base else (folder, {"dtype": "auto", "device_map": "cpu"})
     module, info = auto.from_pretrained(path, output_loading_info=True, **options)
     if base is None:
         names = {*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}
@@ -40,13 +40,14 @@ def load(folder: str, kind: str, base: dict[str, Any] | None) -> tuple[Any, list
 
 def outputs(module: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the logits of the positions of the input, or what else comes first, in float32."""
+    device = next(module.parameters()).device
     with torch.no_grad():
-        found = module(**inputs)
+        found = module(**{key: value.to(device) for key, value in inputs.items()})
     logits = found.logits if hasattr(found, "logits") else found[0]
     positions = inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1]
     if logits.dim() == 3:  # virtual tokens stand before the others
         logits = logits[:, -positions:]
-    return logits.float().contiguous()
+    return logits.float().cpu().contiguous()
 
 
 def fingerprints(module: Any) -> dict[str, list[Any]]:

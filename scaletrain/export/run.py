@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +21,7 @@ from scaletrain.export.gate import Gap, check, probe
 from scaletrain.export.plain import outputs
 from scaletrain.finished import FinishedStage
 from scaletrain.networks._quantised import reloaded
-from scaletrain.networks.build import base_of, build, own_base, save, unrounded
+from scaletrain.networks.build import base_of, build, network_module, own_base, save, unrounded
 from scaletrain.shelf import Shelf
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -100,11 +101,10 @@ def export_run(folder: Path, destination: Path, form: Form | None = None) -> lis
     run.restore()
     specs = {k: NetworkSpec.model_validate(v) for k, v in reader.manifest(run.checkpoint)["networks"].items()}
     trained = {name: spec for name, spec in specs.items() if not spec.frozen}
+    _check_form(trained, form)
     written: list[Written] = []
-    for name in trained:
-        network = _open(run, name, trained[name])
-        _check_form(network, form)
-        written += _export(run, network, form, destination)
+    for name, spec in trained.items():
+        written += _export(run, _open(run, name, spec), form, destination)
     shutil.copy(folder / RECIPE, destination / RECIPE)
     return written
 
@@ -117,15 +117,17 @@ def _open(run: FinishedStage, name: str, spec: NetworkSpec) -> _Network:
     return _Network(name, spec, module, type(inner).__name__ if isinstance(inner, PreTrainedModel) else None)
 
 
-def _check_form(network: _Network, form: Form) -> None:
-    """Raise UserError for a form that a network cannot have."""
-    key = f"network `{network.name}`"
-    if network.kind is None and not form.plain:
-        raise UserError(f"{key} is none of transformers': it is exported as it is, without options.")
-    if form.merge and not network.adapted and not form.quantize:
-        raise UserError(f"--merge: {key} has no adapter to merge.")
-    if form.dtype and network.adapted and not (form.merge or form.quantize):
-        raise UserError(f"--dtype: {key} is an adapter, which peft reads in float32: say --merge, too.")
+def _check_form(trained: Mapping[str, NetworkSpec], form: Form) -> None:
+    """Raise UserError for a form that none of the networks can have. Those that no library has stay as they are."""
+    theirs = {n: s for n, s in trained.items() if hasattr(network_module(str(s.type), f"networks.{n}"), "load")}
+    adapted = [name for name, spec in theirs.items() if spec.adapter]
+    names = ", ".join(f"`{name}`" for name in trained)
+    if not (theirs or form.plain):
+        raise UserError(f"{names}: not of transformers, and exported as they are: leave the options out.")
+    if form.merge and not (adapted or form.quantize):
+        raise UserError(f"--merge: {names}: there is no adapter to merge.")
+    if form.dtype and adapted and not (form.merge or form.quantize):
+        raise UserError(f"--dtype: `{adapted[0]}` is an adapter, which peft reads in float32: say --merge, too.")
 
 
 def _export(run: FinishedStage, network: _Network, form: Form, destination: Path) -> list[Written]:
@@ -148,6 +150,8 @@ def _prove(run: FinishedStage, network: _Network, form: Form, hidden: Path, base
     """Write a network of transformers to `hidden`; returns what there is to tell of it. Raises RuntimeError."""
     assert network.kind is not None
     asked = probe(run, network.name, _inner(network.module))
+    if asked is None and not form.plain:
+        raise UserError(f"network `{network.name}` takes no tokens to compare it on: it is exported without options.")
     if asked is None:
         return _prove_tensors(run, network, hidden)
     notes = []
@@ -155,8 +159,8 @@ def _prove(run: FinishedStage, network: _Network, form: Form, hidden: Path, base
     spec = network.spec
     if spec.qat:
         unrounded(network.module)
-        if form.quantize == spec.qat.type and form.group in (None, spec.qat.group):
-            form = replace(form, group=spec.qat.group if form.quantize == "int4" else None)
+        if form.quantize == spec.qat.type and form.group in (None, spec.qat.shared):
+            form = replace(form, group=spec.qat.shared)
             network.drifts.append("trained for")
         else:
             trained = outputs(network.module, asked.inputs)

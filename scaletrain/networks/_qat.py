@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from scaletrain.config import QATSpec
-from scaletrain.networks._quantised import linear_layers, qat_config, require_torchao
+from scaletrain.networks._quantised import linear_layers, qat_config
 
 
 def prepare(module: nn.Module, spec: QATSpec, key: str) -> nn.Module:
@@ -15,12 +15,11 @@ def prepare(module: nn.Module, spec: QATSpec, key: str) -> nn.Module:
 
     Names and values of parameters stay; gradients pass the rounding by (Bengio et al., 2013). Raises UserError.
     """
-    require_torchao(key)
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 
-    chosen = linear_layers(module, spec.group if spec.type == "int4" else None, key)
-    config = QATConfig(qat_config(spec.type, spec.group), step="prepare")
+    chosen = linear_layers(module, spec.shared, key)
+    config = QATConfig(qat_config(spec.type, spec.shared), step="prepare")
     quantize_(module, config, filter_fn=lambda _, name: name in chosen)
     module.quantisation = spec  # type: ignore[assignment]
     return module

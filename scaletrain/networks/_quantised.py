@@ -96,5 +96,6 @@ def reloaded(
         if find_spec(library) is None:
             raise UserError(f"--quantize {method} needs {library}: pip install -c constraints.txt -e '.[quant]'.")
         config = _library_config(module, method, group)
-    found: nn.Module = type(module).from_pretrained(folder, dtype=dtype or "auto", quantization_config=config)
+    how = {"dtype": dtype or "auto", "quantization_config": config, "device_map": "cpu"}
+    found: nn.Module = type(module).from_pretrained(folder, **how)
     return found.eval()

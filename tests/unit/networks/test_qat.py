@@ -95,6 +95,8 @@ def test_messages() -> None:
         new({"type": "int4"})
     with pytest.raises(UserError, match="has no linear layers"):
         prepare(nn.Conv2d(1, 1, 1), QATSpec(), "networks.model.qat")
+    with pytest.raises(ValidationError, match="leave `group` out"):
+        QATSpec(type="int8", group=32)
     for other in ({"adapter": {}}, {"frozen": True}):
         with pytest.raises(ValidationError, match="take one of the two"):
             NetworkSpec.model_validate({"type": "causal_lm", "qat": {}, **other})
