@@ -26,7 +26,7 @@ from scaletrain.engine.statistics import statistics
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import decode
 from scaletrain.networks import quantised
-from scaletrain.networks._quantised import require_torchao
+from scaletrain.networks._post_training import require_torchao
 from scaletrain.networks.build import build, network_module
 from scaletrain.networks.unread import unread
 from scaletrain.objectives.base import Data, Objective

@@ -20,7 +20,7 @@ from scaletrain.export.card import write_card
 from scaletrain.export.gate import Gap, check, probe
 from scaletrain.export.plain import outputs
 from scaletrain.finished import FinishedStage
-from scaletrain.networks._quantised import reloaded
+from scaletrain.networks._post_training import reloaded
 from scaletrain.networks.build import base_of, build, network_module, own_base, save, unrounded
 from scaletrain.shelf import Shelf
 

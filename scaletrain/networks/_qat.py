@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from scaletrain.config import QATSpec
-from scaletrain.networks._quantised import linear_layers, qat_config
+from scaletrain.networks._post_training import linear_layers, qat_config
 
 
 def prepare(module: nn.Module, spec: QATSpec, key: str) -> nn.Module:

@@ -12,8 +12,8 @@ from torch import nn
 
 from scaletrain.config import NetworkSpec, QATSpec
 from scaletrain.errors import UserError
+from scaletrain.networks._post_training import reloaded
 from scaletrain.networks._qat import prepare, revert
-from scaletrain.networks._quantised import reloaded
 from scaletrain.networks.build import build, outline, save
 
 LLAMA = {"model_type": "llama", "vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
