@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import torch
 
+from scaletrain.data.chats import text
 from scaletrain.data.dataset import Dataset, Example
-from scaletrain.data.formats import Encoded, Format, _text
+from scaletrain.data.formats import Encoded, Format
 from scaletrain.data.text import IGNORE, Tokens, pad
 from scaletrain.data.tokenizers import end_of_text
 from scaletrain.errors import UserError
@@ -46,7 +47,7 @@ class Exchanges(Format):
     def encode(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> Encoded:
         """Tokenise. Raises UserError that names the row."""
         sources, targets = (
-            [_text(t, column, n) for t, n in zip(texts, names, strict=True)]
+            [text(t, column, n) for t, n in zip(texts, names, strict=True)]
             for column, texts in zip(self.roles, values, strict=True)
         )
         end, ids, marks = end_of_text(self.tokenizer), [], []

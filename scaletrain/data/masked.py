@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from scaletrain.data.chats import text
 from scaletrain.data.dataset import Dataset, Example
-from scaletrain.data.formats import Encoded, Format, _text
+from scaletrain.data.formats import Encoded, Format
 from scaletrain.data.text import IGNORE, Ints, Tokens, pad
 from scaletrain.data.tokenizers import filler, leading, pieces
 from scaletrain.errors import UserError
@@ -50,7 +51,7 @@ class Passages(Format):
 
     def encode(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> Encoded:
         """Tokenise; an empty text has no tokens. Raises UserError that names the row."""
-        texts = [list(pieces(_text(t, "text", n))) for t, n in zip(values[0], names, strict=True)]
+        texts = [list(pieces(text(t, "text", n))) for t, n in zip(values[0], names, strict=True)]
         parts = list(chain.from_iterable(texts))
         done: Any = self.tokenizer(parts, add_special_tokens=False, verbose=False)
         between = self.tokenizer.sep_token_id

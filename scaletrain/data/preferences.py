@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from scaletrain.data.chats import kind_of
 from scaletrain.data.dataset import Dataset, Example
 from scaletrain.data.formats import Encoded, Format
 from scaletrain.data.order import key_of
@@ -66,7 +67,7 @@ class Answered(Format):
         rows = list(zip(*values, names, strict=True))
         for _, answer, name in rows:
             if not (self.chat or isinstance(answer, str)):
-                raise UserError(f"{name}: `{self.answer}` must be a text, not {_kind(answer)}.")
+                raise UserError(f"{name}: `{self.answer}` must be a text, not {kind_of(answer)}.")
             if isinstance(answer, str) and not answer.strip():
                 raise UserError(f"{name}: `{self.answer}` is empty.")
         if not self.chat:
@@ -105,12 +106,8 @@ def _messages(value: Any, role: str | None, column: str, name: str) -> list[Any]
     if isinstance(value, str) and role:
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise UserError(f"{name}: `{column}` must be a list of messages, not {_kind(value)}.")
+        raise UserError(f"{name}: `{column}` must be a list of messages, not {kind_of(value)}.")
     return value
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else "an empty list" if value == [] else type(value).__name__
 
 
 class Spans(NamedTuple):

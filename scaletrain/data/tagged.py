@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import torch
 
+from scaletrain.data.chats import text
 from scaletrain.data.classes import Listed
 from scaletrain.data.dataset import Dataset, Example
-from scaletrain.data.formats import Encoded, Format, _text
+from scaletrain.data.formats import Encoded, Format
 from scaletrain.data.text import IGNORE, Tokens, pad
 from scaletrain.errors import UserError
 
@@ -66,7 +67,7 @@ def _words(value: Any, name: str) -> list[str]:
     if not isinstance(value, (list, tuple)) or not value:
         found = "an empty list" if value == [] else repr(value)
         raise UserError(f"{name}: `tokens` must be a list of words, not {found}.")
-    return [_text(word, "tokens", name) for word in value]
+    return [text(word, "tokens", name) for word in value]
 
 
 def _marks(words: Sequence[str], offsets: np.ndarray[Any, Any], name: str) -> list[int]:

@@ -68,12 +68,14 @@ class CrossEntropy(Closed):
     smoothing: float = 0.0
     z_loss: float = 0.0
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, *others: Tensor) -> Tensor:
         """Return the sums at targets (C,)."""
+        (targets,) = others
         return self._sums(logits, torch.logsumexp(logits, -1), targets)
 
-    def gradient(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, logits: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
         """Return them, and (1 + 2 z log Z) p - (1 - s) onehot - s / V."""
+        (targets,) = others
         found = torch.softmax(logits, -1)
         log_z = logits.amax(-1) - found.amax(-1).log()  # the largest probability is at least 1 / V
         sums = self._sums(logits, log_z, targets)
@@ -114,7 +116,7 @@ def reducing(model: nn.Module) -> nn.Module:
     if type(head) is nn.Linear:
         head.__class__ = Head
     if not isinstance(model, Reducing):
-        model.__class__ = _reducing_class(type(model))
+        model.__class__ = _reducing_class(type(model))  # type: ignore[arg-type]
     return model
 
 
@@ -155,7 +157,7 @@ def takes_reduction(model: nn.Module, inputs: Mapping[str, Tensor] | None = None
         if isinstance(configs, Mapping):
             prompts |= any(getattr(config, "is_prompt_learning", False) for config in configs.values())
         if isinstance(part, Reducing):
-            if prompts or part.agrees is False or _plain(part.get_output_embeddings()) is None:  # type: ignore[attr-defined]
+            if prompts or part.agrees is False or _plain(part.get_output_embeddings()) is None:  # type: ignore[operator]
                 return False
             if inputs is not None and part.agrees is None:
                 part.agrees = _agrees(model, inputs)
@@ -273,7 +275,7 @@ def _reducing_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     class Found(Reducing, cls):  # type: ignore[misc, valid-type]
         @functools.wraps(cls.forward)  # `generate` looks at the signature
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
+        def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
             return super().forward(*args, **kwargs)
 
     Found.__name__, Found.__qualname__, Found.__module__ = cls.__name__, cls.__qualname__, cls.__module__
@@ -321,7 +323,7 @@ def _parts(places: int, vocabulary: int, device: torch.device) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(1, places), size)]
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _reduced(
     hidden: Tensor,
     weight: Tensor,

@@ -15,8 +15,8 @@ from torch import nn
 
 from scaletrain.config import NetworkSpec, Recipe, Strict
 from scaletrain.data.cache import content_key
+from scaletrain.data.chats import text
 from scaletrain.data.classes import FILE, Classes
-from scaletrain.data.formats import _text
 from scaletrain.data.text import Tokens, pad
 from scaletrain.data.tokenizers import (
     TokenizerConfig,
@@ -188,7 +188,7 @@ def _texts(rows: Rows, columns: Sequence[str]) -> Iterator[str]:
     """Yield every text. Raises UserError that names the row."""
     for column in columns:
         for i, value in enumerate(rows.column(rows.require(column, "the text"))):
-            yield _text(" ".join(map(str, value)) if isinstance(value, (list, tuple)) else value, column, rows.name(i))
+            yield text(" ".join(map(str, value)) if isinstance(value, (list, tuple)) else value, column, rows.name(i))
 
 
 def _positions(module: nn.Module, settings: Any) -> int | None:
