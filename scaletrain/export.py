@@ -40,8 +40,11 @@ def export_run(folder: Path, destination: Path) -> list[Path]:
             run.objective.save_assets(name, unproved)
             base = shelf.base(spec) if spec.adapter else None
             origin = shelf.spec(spec.source) if spec.source else spec
-            if own_base(name, spec):
-                base = base_of(name, spec)
+            home = spec  # where the adapter that is gone on with was begun
+            while home.source and shelf.spec(home.source).adapter:
+                home = shelf.spec(home.source)
+            if own_base(name, home):
+                base, origin = base_of(name, home), home
             if base is not None and not hasattr(base, "peft_config"):
                 written.append(_export_base(base, origin, unproved, destination / f"{name}-base"))
             _compare(name, module, build(name, spec, base, unproved))
