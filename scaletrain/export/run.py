@@ -241,9 +241,11 @@ def _own_base(run: FinishedStage, network: _Network) -> tuple[nn.Module, Network
     That is the network of another stage or run, which may remove its checkpoints and holds weights that are not
     averaged; or a folder's with new tokens, or with other adapters folded in.
     """
-    if own_base(network.name, network.spec):
-        return base_of(network.name, network.spec), network.spec
-    shelf = Shelf(run.folder)
+    shelf, home = Shelf(run.folder), network.spec
+    while home.source and shelf.spec(home.source).adapter:  # where the adapter was begun
+        home = shelf.spec(home.source)
+    if own_base(network.name, home):
+        return base_of(network.name, home), home
     origin = shelf.base(network.spec)
     if origin is None or hasattr(origin, "peft_config"):
         return None

@@ -65,7 +65,9 @@ def base_of(name: str, spec: NetworkSpec) -> nn.Module:
 
 def own_base(name: str, spec: NetworkSpec) -> bool:
     """Whether an adapter's base is not what its `path` holds, so that it must be exported with it."""
-    return spec.adapter is not None and (bool(spec.adapter.merge) or bool(_new_tokens(name, spec)))
+    if spec.adapter is None or spec.path is None:
+        return False
+    return bool(spec.adapter.merge) or bool(_new_tokens(name, spec))
 
 
 def _train_only(module: nn.Module, expressions: str | list[str], key: str) -> None:
