@@ -136,7 +136,7 @@ def _content(dataset: LanguageDataset) -> str:
     digest = hashlib.sha256()
     for array in dataset.tokens:
         if array is not None:
-            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+            digest.update(np.ascontiguousarray(array).data)
     for index in np.linspace(0, len(dataset) - 1, min(len(dataset), 64)).astype(int).tolist():
         for name, value in sorted(dataset.at(index).items()):
             digest.update(f"{name} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
