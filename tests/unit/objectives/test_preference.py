@@ -337,3 +337,16 @@ def test_texts_need_a_prompt(tmp_path: Path, data: Path) -> None:
     own = objective(data, "dpo")
     with pytest.raises(UserError, match=r"no column `prompt`"):
         prepared(own, open_rows([SourceSpec(path=str(tmp_path / "bare.jsonl"))]), None)
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_a_window_of_a_stream_gives_the_same_examples(name: str, data: Path) -> None:
+    own = objective(data, name, packing=True)
+    whole = batch_of(examples(own, data))
+    file = "judged.jsonl" if own.surveys else "pairs.jsonl"
+    rows = open_rows([SourceSpec(path=str(data / file), rows=12, stream=True)])
+    assert rows.streaming
+    dataset = own.examples(rows, training=True, window=True)
+    window = dataset.batch(range(len(dataset)), np.zeros(len(dataset), np.uint64))
+    assert window.keys() == whole.keys()
+    assert all(torch.equal(window[key], tensor) for key, tensor in whole.items())
