@@ -13,7 +13,8 @@ from scaletrain.networks._post_training import linear_layers, qat_config
 def prepare(module: nn.Module, spec: QATSpec, key: str) -> nn.Module:
     """Have the linear layers of a network's body round their weights in each forward pass, in place.
 
-    Names and values of parameters stay; gradients pass the rounding by (Bengio et al., 2013). Raises UserError.
+    Names and values of parameters stay; gradients pass the rounding by, but where it clips (Bengio et al., 2013).
+    Raises UserError.
     """
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
