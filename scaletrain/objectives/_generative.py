@@ -148,8 +148,12 @@ class Generative(base.Objective[G]):
         self, networks: Networks, prompts: list[list[int]], how: SamplingConfig, generator: torch.Generator, **more: Any
     ) -> list[list[int]]:
         model, tokenizer = self.language_model(networks)
-        ends = ends_of(tokenizer, model, self._talks)
-        return generate(model, prompts, how, generator, filler(tokenizer), ends, **more)
+        return generate(model, prompts, how, generator, filler(tokenizer), self.ends(model), **more)
+
+    def ends(self, model: nn.Module) -> list[int]:
+        """Return the tokens after which an answer is over."""
+        assert self.tokenizer is not None
+        return ends_of(self.tokenizer, model, self._talks)
 
 
 def _rows(ids: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:

@@ -322,7 +322,7 @@ class Objective(Speaking[Config]):
         if torch.rand(()) >= how.share:
             return list(window)
         fill, training = filler(self.tokenizer), student.training
-        ends = self._ends(student)
+        ends = self.language.ends(student)
         student.eval()
         found: list[Batch] = []
         with torch.compiler.set_stance("force_eager"):
@@ -334,11 +334,6 @@ class Objective(Speaking[Config]):
                 found.append(batch_of(prompts, drawn, ends, fill))
         student.train(training)
         return found
-
-    def _ends(self, student: Any) -> set[int]:
-        """Return the tokens that end a continuation: the tokenizer's, and those that the network came with."""
-        own = getattr(getattr(student, "generation_config", None), "eos_token_id", None)
-        return {i for i in (self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])) if i is not None}
 
     def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
         """Return the learned tokens, `targets`, and the real ones, `tokens`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def blocks(count: int, seed: int = 0) -> LanguageDataset:
     """Documents in so many blocks of 5 places; the first token of a document is not learned."""
     ids = np.random.default_rng(seed).integers(0, 50, 5 * count + 1).astype(np.uint16)
-    return Blocks(Tokens(ids, None, np.arange(0, len(ids) + 1, 7)), 5, fill=0, isolated=True)
+    no_rows: Any = None  # they are for what is said of the data
+    return Blocks(Tokens(ids, None, np.arange(0, len(ids) + 1, 7)), no_rows, 5, fill=0, isolated=True)
 
 
 def filled(dataset: LanguageDataset, batch: int) -> tuple[TopK, int]:
