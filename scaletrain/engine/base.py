@@ -80,10 +80,10 @@ class Engine(ABC):
 
     def cannot_hold(self, spec: NetworkSpec) -> str | None:
         """Return why a network cannot be held, or None when it can."""
-        if self.lockstep and spec.quantize and not spec.frozen:
+        if self.sharded and spec.quantize and not spec.frozen:
             return (
-                f"{self.name} holds what is trained in parts, and weights in {spec.quantize.type} have none: launch "
-                "with MULTI_GPU, where each process holds them whole, or leave `quantize` out."
+                f"{self.name} holds what is trained, or its state, in parts, and weights in {spec.quantize.type} are "
+                "held whole: launch with MULTI_GPU, or leave `quantize` out."
             )
         return None
 
