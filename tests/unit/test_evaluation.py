@@ -60,7 +60,7 @@ def plain(run: Path, files: list[Path]) -> dict[str, float]:
 
     folder = run / "latest" / "networks" / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    loss, tokens, rows = 0.0, 0, 0
+    loss, right, tokens, rows = 0.0, 0, 0, 0
     sums: dict[str, float] = {}
     for file in files:
         for line in file.read_text().splitlines():
@@ -71,6 +71,7 @@ def plain(run: Path, files: list[Path]) -> dict[str, float]:
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
                 loss += float(F.cross_entropy(logits, torch.tensor(completion), reduction="sum"))
+                right += int((logits.argmax(-1) == torch.tensor(completion)).sum())
                 for _ in range(6):
                     ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
                     if ids[-1] == tokenizer.eos_token_id:
@@ -85,7 +86,7 @@ def plain(run: Path, files: list[Path]) -> dict[str, float]:
                 sums[name] = sums.get(name, 0.0) + value
             tokens, rows = tokens + len(completion), rows + 1
     means = {name: total / rows for name, total in sums.items()}
-    return {"loss": loss / tokens, "perplexity": math.exp(loss / tokens), **means}
+    return {"loss": loss / tokens, "accuracy": right / tokens, "perplexity": math.exp(loss / tokens), **means}
 
 
 def expected(run: Path, data: Path) -> dict[str, float]:

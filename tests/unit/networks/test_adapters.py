@@ -140,7 +140,7 @@ def test_adapters_are_gone_on_with_and_merged(options: dict[str, Any], tmp_path:
     torch.testing.assert_close(logits(gone_on), logits(adapted), rtol=1e-5, atol=5e-6)
     assert any(p.requires_grad for p in gone_on.parameters())
     merged = merge_adapter(new(LLAMA), tmp_path / "adapter").eval()
-    assert type(merged) is LlamaForCausalLM
+    assert isinstance(merged, LlamaForCausalLM)
     torch.testing.assert_close(logits(merged), logits(adapted), rtol=1e-5, atol=5e-6)
 
     new(LLAMA).save_pretrained(tmp_path / "base")
