@@ -48,7 +48,7 @@ def make_preferences(folder: Path, draw: random.Random) -> None:
 
 
 def make_networks(folder: Path) -> None:
-    """Write networks with random weights and one tokenizer: causal `llama`, encoder `bert`, classifier `classifier`."""
+    """Write networks with random weights and one tokenizer: causal `llama`, encoder `bert`, classifier `finetuned`."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import (
@@ -73,7 +73,7 @@ def make_networks(folder: Path) -> None:
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    for name, network in {"bert": BertModel, "classifier": BertForSequenceClassification}.items():
+    for name, network in {"bert": BertModel, "finetuned": BertForSequenceClassification}.items():
         PreTrainedTokenizerFast(
             tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
         ).save_pretrained(folder / name)
@@ -130,7 +130,7 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             f"data.train={folder}/labels.jsonl",
             f"networks.student.path={folder}/bert",
             "networks.student.config.layers=[1]",
-            f"networks.teacher.path={folder}/classifier",
+            f"networks.teacher.path={folder}/finetuned",
         ],
         "encoder/roberta": [
             f"data.train={folder}/text.txt",

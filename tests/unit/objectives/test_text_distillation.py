@@ -121,7 +121,7 @@ def test_a_folder_of_ours_tells_the_classes(folder: Path, tmp_path: Path) -> Non
         ({"path": None}, {}, r"and `from` or `path`"),
         ({"path": "bert"}, {}, r"`.*bert` does not classify yet: finetune it first"),
         ({"path": "llama"}, {}, r"its tokenizer is not the student's"),
-        ({"path": "teacher"}, {}, r"line 1: `label` 'cats' is no class"),
+        ({"path": "finetuned"}, {}, r"line 1: `label` 'cats' is no class"),
         ({}, {"hidden": 1.0, "follows": [0]}, r"objective.follows: \[0\]: give one of the teacher's 3 layers"),
         ({}, {"hidden": 1.0, "follows": [0, 3]}, r"objective.follows: \[0, 3\]"),
         ({}, {"hidden": 1.0, "both": False}, r"set players.student.networks=\[student, projection\]"),
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused(
 
 def test_a_student_of_other_classes_is_refused(folder: Path, tmp_path: Path) -> None:
     networks = {
-        "student": {"path": str(folder / "teacher")},
+        "student": {"path": str(folder / "finetuned")},
         "teacher": {"path": str(folder / "wide"), "frozen": True},
     }
     own = from_recipe({"type": "text_distillation"}, networks, None)
