@@ -1,9 +1,9 @@
-"""What networks do for the data: before the training, once, and before each window is counted."""
+"""What networks do for the data: before the training, once; before each window is counted; and before its losses."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,8 @@ from scaletrain.engine.choice import build_engine
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
 from scaletrain.errors import Interrupted, UserError, agreed
-from scaletrain.objectives.base import Ahead
-from scaletrain.player import Turn
+from scaletrain.objectives.base import Ahead, Networks
+from scaletrain.player import Batch, Turn
 from scaletrain.shelf import Shelf
 
 log = logging.getLogger("scaletrain")
@@ -80,3 +80,19 @@ def enriched(
             turn, crew.engine.plain(), [micro.tensors for micro in window], seeds, world.device
         )
     return [replace(micro, tensors=dict(batch)) for micro, batch in zip(window, batches, strict=True)]
+
+
+def surveyed(
+    batches: Iterable[Batch], turn: Turn, networks: Networks, counts: Mapping[str, int], crew: Crew, recipe: Recipe
+) -> dict[str, torch.Tensor]:
+    """Return what the losses of a window must know of the whole of it, as () tensors.
+
+    batches: its micro-batches, each seeded for as it is taken. counts: of the whole window.
+    """
+    world = crew.engine.world
+    with torch.no_grad(), autocast(world.device, recipe.train.precision):
+        found = [crew.objective.survey(turn, networks, batch) for batch in batches]
+    names = list(found[0])
+    sums = torch.stack([torch.stack([terms[name].sum.float() for terms in found]).sum() for name in names])
+    totals = dict(zip(names, world.total(sums.tolist()), strict=True))
+    return {n: torch.tensor(total / counts[found[0][n].per], device=world.device) for n, total in totals.items()}

@@ -44,12 +44,12 @@ from scaletrain.engine import savers
 from scaletrain.engine.base import Engine
 from scaletrain.engine.precision import autocast
 from scaletrain.engine.world import World
-from scaletrain.enrichment import enriched
+from scaletrain.enrichment import enriched, surveyed
 from scaletrain.errors import Interrupted, UserError, agreed
 from scaletrain.evaluator import Evaluator
 from scaletrain.guard import Rollback, Spikes
 from scaletrain.meter import Meter
-from scaletrain.objectives.base import Data, Networks, Objective
+from scaletrain.objectives.base import Data, Objective
 from scaletrain.player import Player, Term, Turn
 from scaletrain.position import next_window, steps_of, windows_before
 from scaletrain.signals import StopSignals
@@ -210,9 +210,11 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         terms: dict[str, Term] = {}
         losses = []
-        known = self._survey(turn, repeat, networks, micros, counts) if self.objective.surveys else {}
+        known: dict[str, torch.Tensor] = {}
+        if self.objective.surveys:
+            begun = (self._begin(turn, repeat, micro) for micro in micros)
+            known = surveyed(begun, turn, networks, counts, self.crew, self.recipe)
         for micro in micros:
-            self._watchdog.beat()
             batch = self._begin(turn, repeat, micro) | known
             with self.engine.accumulate(player, last=micro is micros[-1]):
                 with autocast(device, self.recipe.train.precision):
@@ -257,25 +259,11 @@ class Trainer:
 
     def _begin(self, turn: Turn, repeat: int, micro: Micro) -> dict[str, torch.Tensor]:
         """Seed everything for a micro-batch and return it on the device."""
+        self._watchdog.beat()
         torch.manual_seed(
             key_of(self.recipe.seed, self.stage.name, self.progress.step, turn.name, repeat, micro.number)
         )
         return {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in micro.tensors.items()}
-
-    def _survey(
-        self, turn: Turn, repeat: int, networks: Networks, micros: Sequence[Micro], counts: Mapping[str, int]
-    ) -> dict[str, torch.Tensor]:
-        """Return what the loss must know of the whole global batch."""
-        found: list[dict[str, Term]] = []
-        for micro in micros:
-            self._watchdog.beat()
-            batch = self._begin(turn, repeat, micro)
-            with torch.no_grad(), autocast(self.world.device, self.recipe.train.precision):
-                found.append(self.objective.survey(turn, networks, batch))
-        sums = [torch.stack([terms[name].sum.float() for terms in found]).sum() for name in found[0]]
-        totals = self.world.total(torch.stack(sums).tolist())
-        means = zip(found[0].items(), totals, strict=True)
-        return {name: torch.tensor(total / counts[term.per], device=self.world.device) for (name, term), total in means}
 
     def _next(self, turn: Turn, repeat: int, signals: StopSignals) -> tuple[list[Micro], dict[str, int]]:
         """Return the next window and the global counts. One small sum over ranks carries errors and signals too."""

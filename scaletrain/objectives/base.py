@@ -128,6 +128,8 @@ class Objective(ABC, Generic[C]):
     """Whether `sample` heeds the prompts of a request."""
     enriching: bool = False
     """Whether `enrich` does something. Set it in `__init__` when it depends on options."""
+    surveys: bool = False
+    """Whether the loss needs `survey`. Set it in the same way."""
     throughput: ClassVar[str] = "samples"
     """The unit, among those of `counts` or `samples`, that the progress line gives per second."""
 
@@ -199,9 +201,6 @@ class Objective(ABC, Generic[C]):
     @abstractmethod
     def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the terms of this turn's loss. torch's global generators are seeded by position before the call."""
-
-    surveys: bool = False
-    """Whether the loss needs `survey`."""
 
     def survey(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return, of a micro-batch, what the loss must know of the whole global batch; without gradients.
