@@ -387,5 +387,5 @@ def test_eight_billion_parameters(data: Path, tmp_path: Path) -> None:
     assert needs["plan"]["parameters"] == 8_030_261_248  # Meta's Llama 3 8B
     kinds = needs["memory"]["kinds"]
     assert kinds["weights"] == pytest.approx(4 * 8.03e9 / 8, rel=0.01)
-    assert needs["memory"]["largest"][1] == [128256, 4096]  # the head's gradient: logits, (4096, 128256), are never whole
+    assert needs["memory"]["largest"][1] == [128256, 4096]  # of the head; logits are never whole
     assert seconds < 60
