@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from scaletrain.config import Recipe
 from scaletrain.engine.world import World
 from scaletrain.errors import UserError
 from scaletrain.evaluation import evaluate
@@ -41,15 +40,10 @@ def quantize_run(
     data: other files to evaluate on than the recipe's. Everything is computed on the CPU, in one process. Raises as
     `export_run` does, and UserError when there is nothing to evaluate on.
     """
-    from scaletrain.assemble import prepare
-
     run = FinishedStage.open(folder)
     recipe = run.stage.recipe
-    if data:
-        changed = recipe.data.model_dump() | {"eval": list(data)}
-        recipe = Recipe.model_validate(recipe.model_dump(by_alias=True) | {"data": changed})
     run.restore()
-    held = prepare(run.objective, recipe).eval
+    held = run.held(data or ())
     if held is None:
         raise UserError("there is no evaluation data: give --data FILE, or data.eval in the recipe.")
     world = World(torch.device("cpu"))

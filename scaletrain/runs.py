@@ -262,7 +262,8 @@ class _Run:
     def prepare(self, stage: Stage) -> tuple[Objective[Any], Data, dict[str, NetworkSpec]]:
         """Make the objective, the examples and what the networks are told. Raises UserError."""
         objective = objective_of(stage.recipe)
-        objective.restore(self._origins(stage))
+        objective.origins = self._origins(stage)
+        objective.restore(self._folders(objective.origins))
         data = self.world.agree(lambda: prepare(objective, stage.recipe), main_first=True)
         if len(data.train) < self.world.size:
             raise UserError(f"{self.world.size} processes, but data.train has only {len(data.train)} example(s).")
@@ -400,24 +401,33 @@ class _Run:
         known = reader.manifest(end)["networks"] if end else {}
         return {n: f"stage:{self.names[number - 1]}/{n}" for n, spec in known.items() if not spec["frozen"]}
 
-    def _origins(self, stage: Stage) -> dict[str, Path]:
-        """Return the folders of the networks that this stage's networks go on from, where they have one."""
-        given = {name: spec.source for name, spec in stage.recipe.networks.items() if spec.source}
-        folders = {name: self.shelf.folder(source) for name, source in {**self._before(stage), **given}.items()}
+    def _origins(self, stage: Stage) -> dict[str, str]:
+        """Return what the networks of a stage go on from, by name: what it says, or else the stage before."""
+        own = next((s.options.get("networks") or {} for s in self.recipe.stages if s.name == stage.name), {})
+        specs = stage.recipe.networks
+        found = {
+            name: source
+            for name, source in self._before(stage).items()
+            if not {"from", "path"} & set(own.get(name) or {}) and not (name in specs and specs[name].frozen)
+        }
+        return found | {name: spec.source for name, spec in specs.items() if spec.source and name not in found}
+
+    def _folders(self, origins: Mapping[str, str]) -> dict[str, Path]:
+        """Return where the networks stand that others go on from."""
+        folders = {name: self.shelf.folder(source) for name, source in origins.items()}
         return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
     def _continued(self, stage: Stage, specs: Mapping[str, NetworkSpec]) -> dict[str, NetworkSpec]:
-        """Let networks go on from those of the same name in the stage before, unless this stage says otherwise.
+        """Let networks go on from their origins.
 
         What goes on from another network has that network's type and config. Raises UserError when the recipe asks
         for another.
         """
-        before = self._before(stage)
-        own = next((s.options.get("networks") or {} for s in self.recipe.stages if s.name == stage.name), {})
+        origins = self._origins(stage)
         found = dict(specs)
         for name, spec in specs.items():
-            if name in before and not spec.frozen and not {"from", "path"} & set(own.get(name) or {}):
-                spec = spec.model_copy(update={"source": before[name], "path": None})
+            if name in origins and not spec.frozen:
+                spec = spec.model_copy(update={"source": origins[name], "path": None})
             if spec.source is not None:
                 origin = self.shelf.spec(spec.source)
                 asked = stage.recipe.networks.get(name, NetworkSpec()).config

@@ -120,7 +120,7 @@ class Template:
         return re.compile("|".join(map(re.escape, sorted(special, key=lambda t: (-len(t), t)))) or "(?!)")
 
     @cached_property
-    def _usual_end(self) -> str | None:
+    def end(self) -> str | None:
         """The special token that ends a turn of plain text, as the template writes it."""
         try:
             text = self._rewrite([{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}])
@@ -216,8 +216,8 @@ class Template:
             return end.end()
         closed = self._rewrite([*chat.messages[:i], _exchanged(chat.messages[i])[0]], chat.tools)
         limit = last + _common(text[last:], _after_mark(closed))
-        if self._usual_end and (place := text.find(self._usual_end, last, limit)) >= 0:
-            return place + len(self._usual_end)
+        if self.end and (place := text.find(self.end, last, limit)) >= 0:
+            return place + len(self.end)
         end = self._ends.search(text, last, limit) or self._ends.match(text, limit)
         return end.end() if end else limit
 

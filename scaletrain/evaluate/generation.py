@@ -15,8 +15,7 @@ from scaletrain.explain import decode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_ANSWER = "An answer, 1234567890."
-"""Stands where a chat template puts what the assistant says."""
+    from scaletrain.data.turns import Template
 
 
 class SamplingConfig(Strict):
@@ -89,20 +88,17 @@ def generate(
     return out
 
 
-def ends_of(tokenizer: PreTrainedTokenizerFast, model: Any, chat: bool) -> list[int]:
+def ends_of(tokenizer: PreTrainedTokenizerFast, model: Any, template: Template | None) -> list[int]:
     """Return the tokens after which a continuation is over.
 
-    They are the tokenizer's end of text, those that the network's own generation settings name, and, in a chat, what
-    the template puts after an answer.
+    They are the tokenizer's end of text, those that the network's own generation settings name, and what the template
+    of a chat puts after an answer.
     """
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    if chat:
-        talk = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
-        _, _, after = str(tokenizer.apply_chat_template(talk, tokenize=False)).rpartition(_ANSWER)
-        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        found.add(next((i for i in ids if i in special), None))
+    if template and template.end:
+        found.add(tokenizer.convert_tokens_to_ids(template.end))
     return sorted(i for i in found if i in special)
 
 

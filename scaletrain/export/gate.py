@@ -47,7 +47,7 @@ class Gap:
     @classmethod
     def between(cls, found: torch.Tensor, expected: torch.Tensor) -> Gap:
         """Compare. Raises RuntimeError for other shapes, or values that are not finite."""
-        if found.shape != expected.shape or not found.numel() or not found.isfinite().all():
+        if expected.shape != found.shape or not found.numel() or not (found.isfinite() & expected.isfinite()).all():
             raise RuntimeError(f"logits {tuple(found.shape)}, not finite or not {tuple(expected.shape)} as they should")
         return cls(float((found - expected).abs().max()), float(expected.abs().max()))
 

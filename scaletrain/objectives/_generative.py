@@ -14,6 +14,7 @@ from scaletrain.data.answers import Answers
 from scaletrain.data.dataset import Dataset
 from scaletrain.data.text import LanguageDataset
 from scaletrain.data.tokenizers import filler
+from scaletrain.data.turns import Template
 from scaletrain.errors import UserError
 from scaletrain.evaluate.generation import SamplingConfig, ends_of, generate, streamer_to
 from scaletrain.evaluate.text_metrics import METRICS
@@ -153,7 +154,8 @@ class Generative(base.Objective[G]):
     def ends(self, model: nn.Module) -> list[int]:
         """Return the tokens after which an answer is over."""
         assert self.tokenizer is not None
-        return ends_of(self.tokenizer, model, self._talks)
+        template = Template(self.tokenizer, self.config.template_options) if self._talks else None
+        return ends_of(self.tokenizer, model, template)
 
 
 def _rows(ids: torch.Tensor, lengths: torch.Tensor) -> list[list[int]]:

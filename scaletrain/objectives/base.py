@@ -136,6 +136,8 @@ class Objective(ABC, Generic[C]):
     def __init__(self, config: C, recipe: Recipe):
         self.config = config
         self.recipe = recipe
+        self.origins: Mapping[str, str] = {n: spec.source for n, spec in recipe.networks.items() if spec.source}
+        """The `from` of the networks that go on from others, by name; before the training, of the stage before, too."""
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Learn from all rows of the recipe what networks and examples need: a tokenizer, classes, the image shape.

@@ -23,7 +23,14 @@ from scaletrain.data import preferences
 from scaletrain.data.formats import FormatName, language_format
 from scaletrain.data.preferences import MISMATCHED, Answered, Preferences, Sequences, Shape
 from scaletrain.data.text import encode, tokenise
-from scaletrain.data.tokenizers import TokenizerConfig, filler, leading, load_tokenizer, read_chat_template
+from scaletrain.data.tokenizers import (
+    TokenizerConfig,
+    ensure_chat_template,
+    filler,
+    leading,
+    load_tokenizer,
+    read_chat_template,
+)
 from scaletrain.errors import UserError
 from scaletrain.evaluate.generation import SamplingConfig
 from scaletrain.networks import heads
@@ -106,6 +113,8 @@ class Objective(Speaking[Config]):
         self.language.tokenizer = tokenizer
         if self.config.chat_template:
             tokenizer.chat_template = read_chat_template(self.config.chat_template)
+        if chat:
+            ensure_chat_template(tokenizer)
         # One of its own: a tokenizer must not be used by two threads at a time.
         own, options = copy.deepcopy(tokenizer), self.config.template_options
         if chat:
@@ -188,16 +197,20 @@ class Objective(Speaking[Config]):
             return found
         if given is None:
             # An adapter that goes on from one of another network is folded in.
-            alone = {"frozen": True} | ({"adapter": None} if model.source else {})
-            return found | {"reference": model.model_copy(update=alone)}
-        where = {} if given.path or given.source else {"path": model.path, "source": model.source}
+            alone = {"frozen": True} | ({"adapter": None} if "model" in self.origins else {})
+            return found | {"reference": model.model_copy(update={**alone, **self._begun()})}
+        where = {} if given.path or given.source else self._begun()
         return found | {"reference": given.model_copy(update={"type": given.type or model.type, **where})}
+
+    def _begun(self) -> dict[str, Any]:
+        """Return where the weights are that the model begins with."""
+        origin = self.origins.get("model")
+        return {"path": None, "source": origin} if origin else {"path": self.spec.path, "source": self.spec.source}
 
     def _without_adapter(self) -> bool:
         """Say whether the model is the reference where its adapter is off: a new one, over weights that it keeps."""
         adapter = self.spec.adapter
-        goes_on = self.spec.source or getattr(adapter, "path", None)
-        return adapter is not None and adapter.type in _KEEPS and not goes_on
+        return adapter is not None and adapter.type in _KEEPS and not adapter.path and "model" not in self.origins
 
     # --- losses -------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,9 @@ from tests.recipes.tiny import make_data
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.parametrize("said", [True, False], ids=["said", "by itself"])
 @pytest.mark.parametrize("adapter", [None, {"type": "lora", "r": 4}], ids=["whole", "lora"])
-def test_the_reference_is_the_stage_before(adapter: dict[str, Any] | None, tmp_path: Path) -> None:
+def test_the_reference_is_the_stage_before(adapter: dict[str, Any] | None, said: bool, tmp_path: Path) -> None:
     make_data(tmp_path)
     recipe = {
         "objective": {"type": "causal_lm"},
@@ -30,7 +31,7 @@ def test_the_reference_is_the_stage_before(adapter: dict[str, Any] | None, tmp_p
             {
                 "name": "dpo",
                 "objective": {"type": "preference", "loss": {"type": "dpo", "beta": 1.0}},
-                "networks": {"model": {"path": None, "from": "stage:sft/model"}},
+                "networks": {"model": {"path": None, "from": "stage:sft/model"}} if said else {},
                 "data": {"train": str(tmp_path / "pairs.jsonl")},
             },
         ],
