@@ -49,6 +49,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", category=category, module=libraries)
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     own = logging.getLogger("scaletrain")
     own.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     if not own.handlers:
