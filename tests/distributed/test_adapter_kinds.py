@@ -25,7 +25,6 @@ KINDS = {
     "vera": {"type": "vera", "r": 8},
     "prompt": {"type": "prompt", "virtual_tokens": 3},
     "tokens": RANK,
-    "tied tokens": RANK,
 }
 FIXED = ("vera_A", "vera_B")
 """Random matrices, which VeRA does not train."""
@@ -75,7 +74,18 @@ def test_two_processes_train_each_kind_as_one(kind: str, data: Path) -> None:
         expected = ours(input_ids=ids).logits
         found = loaded(input_ids=ids).logits[:, -ids.shape[1] :]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    engines = [json.loads(p.read_text())["engine"] for p in sorted(two.glob("step-*/manifest.json"))]
+    assert engines == ["zero3", "fsdp2"]
     begun, trained = (adapter(one / name) for name in ("step-00000002", "step-00000004"))
     assert all(
         not torch.equal(begun[name], tensor) for name, tensor in trained.items() if name.rpartition(".")[2] not in FIXED
     )
+
+
+def test_a_quantised_base_is_refused_before_the_start(data: Path) -> None:
+    words = ["run", "lm/qlora", *overrides("lm/qlora", data), "networks.model.adapter={type: loftq, r: 4, alpha: 8}"]
+    words += ["--root", data / "refused"]
+    printed = run(words, 2, expect=2, variables=ENGINES["fsdp2"])
+    assert "networks.model: fsdp2 holds what is trained, or its state, in parts, and weights in nf4" in printed
+    assert "Traceback" not in printed
+    assert not (data / "refused").exists()
