@@ -16,7 +16,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +120,12 @@ def save_adapter(module: Any, held: Mapping[str, Any], folder: Path) -> None:
             a, b = (f"base_model.model.{name}.lora_{part}.default.weight" for part in "AB")
             held[a] = torch.cat([held[a], layer.start_A.to(held[a])])
             held[b] = torch.cat([held[b], -layer.start_B.to(held[b])], dim=1)
-        config = copy(config)
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        module.peft_config = {"default": config}
     module.state_dict = lambda *args, **kwargs: dict(held)
     module.save_pretrained(folder, save_embedding_layers=_embeddings(config))
+    if starts:  # in the file alone: peft keeps its configuration in the network itself
+        written = json.loads((folder / _CONFIG).read_text())
+        written |= {key: 2 * written[key] for key in ("r", "lora_alpha")}
+        (folder / _CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True))
 
 
 def merge_adapter(module: nn.Module, folder: Path) -> nn.Module:
