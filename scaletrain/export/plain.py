@@ -67,10 +67,7 @@ def fingerprints(module: Any) -> dict[str, list[Any]]:
 
     Tensors that are not plain, as quantised ones, are left out.
     """
-    if hasattr(module, "peft_config"):
-        held = _adapter(module)
-    else:
-        held = module.state_dict()
+    held = _adapter(module) if hasattr(module, "peft_config") else module.state_dict()
     found = {}
     for name, tensor in held.items():
         if type(tensor) in (torch.Tensor, torch.nn.Parameter):

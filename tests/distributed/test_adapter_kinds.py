@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from scaletrain.shelf import Shelf
-from tests.distributed.engines import ENGINES, assert_close
+from tests.distributed.engines import ENGINES, assert_close, tensors
 from tests.launch import run
 from tests.recipes.tiny import make_data, overrides
 
@@ -47,6 +47,12 @@ def adapter(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "networks" / "model" / "adapter_model.safetensors")
 
 
+def cut(folder: Path) -> None:
+    """Have a run folder be as it was after two steps."""
+    (folder / "latest").unlink()
+    shutil.rmtree(folder / "step-00000004")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_each_kind_as_one(kind: str, data: Path) -> None:
     path = data / ("tokens" if kind == "tokens" else "llama")
@@ -59,8 +65,7 @@ def test_two_processes_train_each_kind_as_one(kind: str, data: Path) -> None:
     run([*words, "--run", one.name])
     run([*words, "--run", two.name], 2, variables=ENGINES["zero3"])
     assert_close(two / "latest", one / "latest", rtol=1e-5, atol=1e-5)
-    (two / "latest").unlink()
-    shutil.rmtree(two / "step-00000004")
+    cut(two)
     run([*words, "--run", two.name], 2, variables=ENGINES["fsdp2"])
     assert_close(two / "latest", one / "latest", rtol=1e-5, atol=1e-5)
 
@@ -80,6 +85,21 @@ def test_two_processes_train_each_kind_as_one(kind: str, data: Path) -> None:
     assert all(
         not torch.equal(begun[name], tensor) for name, tensor in trained.items() if name.rpartition(".")[2] not in FIXED
     )
+
+
+def test_a_quantised_base_under_ddp(data: Path) -> None:
+    words = ["run", "lm/qlora", *overrides("lm/qlora", data), "train.duration=4 steps", "checkpoint.every=2 steps"]
+    words += ["players.model.optimizer.lr=0.01", "evaluate.samples=0", "--root", data]
+    one, two = data / "qlora-one", data / "qlora-two"
+    run([*words, "--run", one.name])
+    run([*words, "--run", two.name], 2)
+    assert_close(two / "latest", one / "latest", rtol=1e-5, atol=1e-5)
+    before = tensors(two / "latest")
+    cut(two)
+    run([*words, "--run", two.name], 2)
+    after = tensors(two / "latest")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_a_quantised_base_is_refused_before_the_start(data: Path) -> None:
