@@ -41,7 +41,8 @@ def add_adapter(
     What is random is drawn from torch's generator. The network's output is at first unchanged, but for loftq, which
     brings it nearer to that of the network before quantisation, and prompt. A classification head is always trained.
     new_tokens: rows of the embeddings, and of the head, that are trained, too. original: gives the network as it was
-    before quantisation, for loftq. Raises UserError for targets that match no module, and what a type cannot do.
+    before quantisation, for loftq; an outline needs none. Raises UserError for targets that match no module, and what a
+    type cannot do.
     """
     from peft import get_peft_model
 
@@ -57,8 +58,7 @@ def add_adapter(
     if spec.type in _PARTS:
         for name, layer in _layers(adapted):
             _begin_with_part(name, layer, spec)
-    if spec.type == "loftq":
-        assert original is not None
+    if spec.type == "loftq" and original is not None:
         before = original()
         for name, layer in _layers(adapted):
             _begin_with_loss(layer, before.get_submodule(name))
@@ -263,7 +263,7 @@ def _cut_prompt(adapted: Any) -> None:
     if config.is_prompt_learning and config.task_type in ("CAUSAL_LM", "TOKEN_CLS"):
 
         def cut(module: nn.Module, args: Any, output: Any) -> Any:
-            output.logits = output.logits[:, config.num_virtual_tokens :]
+            output.logits = output.logits[:, config.num_virtual_tokens :].clone()  # FSDP2 warns of views
             return output
 
         adapted.register_forward_hook(cut)
@@ -324,6 +324,7 @@ def _quiet() -> Iterator[None]:
             "ignore", message="You have requested `ensure_weight_tying`"
         )  # and nothing tied is named
         warnings.filterwarnings("ignore", message=".*`base_model_name_or_path`")  # of a folder that was moved
+        warnings.filterwarnings("ignore", message="for .*: copying from a non-meta parameter")  # to an outline
         yield
 
 

@@ -57,8 +57,9 @@ def cut(folder: Path) -> None:
 def test_two_processes_train_each_kind_as_one(kind: str, data: Path) -> None:
     path = data / ("tokens" if kind == "tokens" else "llama")
     words = ["run", "lm/lora", *overrides("lm/lora", data), f"networks.model.path={path}"]
-    words += [f"networks.model.adapter={json.dumps(KINDS[kind])}", "data.holdout=0", "evaluate.samples=1"]
-    words += ["objective.sampling={max_new_tokens: 4}", "players.model.optimizer.lr=0.01", "train.duration=4 steps"]
+    words += [f"networks.model.adapter={json.dumps(KINDS[kind])}", "data.holdout=0"]
+    words += ["objective.sampling={max_new_tokens: 4}", f"evaluate.samples={int(kind == 'prompt')}"]
+    words += ["players.model.optimizer.lr=0.01", "train.duration=4 steps"]
     words += ["checkpoint.every=2 steps", "data.packing=false", "--root", data]
     words += [f"networks.model.config.vocab_size={ALL}"] if kind == "tokens" else []
     one, two = data / f"{kind}-one", data / f"{kind}-two"
