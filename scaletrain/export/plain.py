@@ -67,7 +67,7 @@ def fingerprints(module: Any) -> dict[str, list[Any]]:
 
     Tensors that are not plain, as quantised ones, are left out.
     """
-    held = _adapter(module) if hasattr(module, "peft_config") else module.state_dict()
+    held: Any = _adapter(module) if hasattr(module, "peft_config") else module.state_dict()
     found = {}
     for name, tensor in held.items():
         if type(tensor) in (torch.Tensor, torch.nn.Parameter):
