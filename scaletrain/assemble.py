@@ -152,9 +152,8 @@ def build_networks(
     checkpoint: the one to resume from, if any. Returns, too, where weights are that the engine reads in parts.
     """
     networks, weights = {}, {}
+    check_held(specs, engine)
     for name, spec in specs.items():
-        if reason := engine.cannot_hold(spec):
-            raise UserError(f"networks.{name}: {reason}")
         torch.manual_seed(key_of(*seed, "weights", name))
         saved = checkpoint / "networks" / name if checkpoint else None
         saved = saved if saved and saved.is_dir() else None  # frozen networks are not saved
@@ -169,6 +168,13 @@ def build_networks(
         module.train(not spec.frozen)
         networks[name] = module
     return networks, weights
+
+
+def check_held(specs: Mapping[str, NetworkSpec], engine: Engine) -> None:
+    """Raise UserError for a network that an engine cannot hold."""
+    for name, spec in specs.items():
+        if reason := engine.cannot_hold(spec):
+            raise UserError(f"networks.{name}: {reason}")
 
 
 def in_parts(specs: Mapping[str, NetworkSpec], networks: Mapping[str, nn.Module]) -> list[str]:

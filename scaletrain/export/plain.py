@@ -26,16 +26,28 @@ def load(folder: str, kind: str, base: dict[str, Any] | None) -> tuple[Any, list
     auto = getattr(transformers, kind)
     path, options = (base["path"], base["options"]) if base else (folder, {"dtype": "auto", "device_map": "cpu"})
     module, info = auto.from_pretrained(path, output_loading_info=True, **options)
+    for part in module.modules():  # on some CPUs bitsandbytes rounds 4-bit products to bf16, of some widths alone
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
     if base is None:
         names = {*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])}
         return module.eval(), [f"{name} is missing, unknown or of another shape" for name in sorted(names)]
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
     from safetensors import safe_open
 
     adapted = PeftModel.from_pretrained(module, folder)
     with safe_open(f"{folder}/adapter_model.safetensors", "pt") as file:
-        odd = set(file.keys()) ^ set(get_peft_model_state_dict(adapted))
+        odd = set(file.keys()) ^ set(_adapter(adapted))
     return adapted.eval(), [f"{name} is missing or unknown" for name in sorted(odd)]
+
+
+def _adapter(module: Any) -> dict[str, torch.Tensor]:
+    """Return an adapter's own tensors, of embeddings only the rows that it trains where it trains some."""
+    from peft import get_peft_model_state_dict
+
+    rows = getattr(module.peft_config["default"], "trainable_token_indices", None)
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(module, save_embedding_layers=False if rows else "auto")
+    return found
 
 
 def outputs(module: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -55,12 +67,7 @@ def fingerprints(module: Any) -> dict[str, list[Any]]:
 
     Tensors that are not plain, as quantised ones, are left out.
     """
-    if hasattr(module, "peft_config"):
-        from peft import get_peft_model_state_dict
-
-        held = get_peft_model_state_dict(module)
-    else:
-        held = module.state_dict()
+    held: Any = _adapter(module) if hasattr(module, "peft_config") else module.state_dict()
     found = {}
     for name, tensor in held.items():
         if type(tensor) in (torch.Tensor, torch.nn.Parameter):

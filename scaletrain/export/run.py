@@ -229,7 +229,8 @@ def _write(run: FinishedStage, network: _Network, folder: Path, base_folder: Pat
         options["dtype"] = spec.dtype
         quantised = getattr(inner.config, "quantization_config", None)
         if quantised is not None:
-            options["quantization_config"] = quantised if isinstance(quantised, dict) else quantised.to_dict()
+            plainly = quantised if isinstance(quantised, dict) else quantised.to_dict()
+            options["quantization_config"] = json.loads(json.dumps(plainly))  # enumerations as their names
     config = folder / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": path}, indent=2) + "\n")
     return {"path": path, "options": options}

@@ -16,7 +16,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,8 @@ def add_adapter(
     What is random is drawn from torch's generator. The network's output is at first unchanged, but for loftq, which
     brings it nearer to that of the network before quantisation, and prompt. A classification head is always trained.
     new_tokens: rows of the embeddings, and of the head, that are trained, too. original: gives the network as it was
-    before quantisation, for loftq. Raises UserError for targets that match no module, and what a type cannot do.
+    before quantisation, for loftq; an outline needs none. Raises UserError for targets that match no module, and what a
+    type cannot do.
     """
     from peft import get_peft_model
 
@@ -58,8 +58,7 @@ def add_adapter(
     if spec.type in _PARTS:
         for name, layer in _layers(adapted):
             _begin_with_part(name, layer, spec)
-    if spec.type == "loftq":
-        assert original is not None
+    if spec.type == "loftq" and original is not None:
         before = original()
         for name, layer in _layers(adapted):
             _begin_with_loss(layer, before.get_submodule(name))
@@ -121,11 +120,12 @@ def save_adapter(module: Any, held: Mapping[str, Any], folder: Path) -> None:
             a, b = (f"base_model.model.{name}.lora_{part}.default.weight" for part in "AB")
             held[a] = torch.cat([held[a], layer.start_A.to(held[a])])
             held[b] = torch.cat([held[b], -layer.start_B.to(held[b])], dim=1)
-        config = copy(config)
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        module.peft_config = {"default": config}
     module.state_dict = lambda *args, **kwargs: dict(held)
     module.save_pretrained(folder, save_embedding_layers=_embeddings(config))
+    if starts:  # in the file alone: peft keeps its configuration in the network itself
+        written = json.loads((folder / _CONFIG).read_text())
+        written |= {key: 2 * written[key] for key in ("r", "lora_alpha")}
+        (folder / _CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True))
 
 
 def merge_adapter(module: nn.Module, folder: Path) -> nn.Module:
@@ -263,7 +263,7 @@ def _cut_prompt(adapted: Any) -> None:
     if config.is_prompt_learning and config.task_type in ("CAUSAL_LM", "TOKEN_CLS"):
 
         def cut(module: nn.Module, args: Any, output: Any) -> Any:
-            output.logits = output.logits[:, config.num_virtual_tokens :]
+            output.logits = output.logits[:, config.num_virtual_tokens :].clone()  # FSDP2 warns of views
             return output
 
         adapted.register_forward_hook(cut)
@@ -324,6 +324,7 @@ def _quiet() -> Iterator[None]:
             "ignore", message="You have requested `ensure_weight_tying`"
         )  # and nothing tied is named
         warnings.filterwarnings("ignore", message=".*`base_model_name_or_path`")  # of a folder that was moved
+        warnings.filterwarnings("ignore", message="for .*: copying from a non-meta parameter")  # to an outline
         yield
 
 

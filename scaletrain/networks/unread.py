@@ -10,7 +10,7 @@ from torch import nn
 
 from scaletrain.checkpoint.tensors import Stored, stored
 from scaletrain.config import AdapterSpec, NetworkSpec
-from scaletrain.networks.build import adapters, outline
+from scaletrain.networks.build import adapters, outline, own_base
 from scaletrain.parameters import replace_parameters
 
 _WHOLE = "modules_to_save.default."
@@ -34,6 +34,8 @@ def unread(name: str, spec: NetworkSpec, saved: Path | None = None) -> Unread | 
     folder = saved if saved and not spec.adapter else Path(spec.path) if spec.path else None
     plain = spec.adapter is None or _blind(spec.adapter)
     if spec.source is not None or folder is None or not folder.is_dir() or not plain or spec.quantize:
+        return None
+    if own_base(name, spec):  # the files have other weights, or fewer rows
         return None
     module = outline(name, spec.model_copy(update={"adapter": None}), None, None if spec.adapter else saved)
     if getattr(module, "rearranged", False):
@@ -73,7 +75,7 @@ def unread(name: str, spec: NetworkSpec, saved: Path | None = None) -> Unread | 
 
 def _blind(spec: AdapterSpec) -> bool:
     """Whether an adapter is made without a look at the weights."""
-    return spec.type in ("lora", "rslora", "vera", "ia3") and not spec.path and not spec.merge
+    return spec.type in ("lora", "rslora", "vera", "ia3") and not spec.path
 
 
 def _key_in_file(key: str) -> str:

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from scaletrain.assemble import check_held
 from scaletrain.config import NetworkSpec, Stage
 from scaletrain.crew import Progress
 from scaletrain.data.dataset import Dataset
@@ -113,12 +114,13 @@ class Rehearsal:
     def __init__(self, part: Part, stage: Stage, world: Imagined, cuda: bool):
         self._objective, self._stage, self._cuda = part.objective, stage, cuda
         self._fake, self._ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger(gloo=not cuda)
+        engine = build_engine(world, stage.recipe.train.precision)
+        check_held(part.specs, engine)
         networks = {
             name: _faked(part.shelf.outline(name, spec), self._fake).train(not spec.frozen)
             for name, spec in part.specs.items()
         }
         snapshot = Snapshot(Path(), (stage.name,), part.specs, world, stage.recipe.checkpoint)
-        engine = build_engine(world, stage.recipe.train.precision)
         trainer = Trainer.build(stage, part.objective, part.data, networks, {}, engine, Progress(), snapshot, [])
         self.crew, players = trainer.crew, trainer.crew.players.values()
         for player in players:

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from scaletrain.checkpoint import reader
+from scaletrain.config import AdapterSpec, NetworkSpec
 from scaletrain.errors import UserError
 from scaletrain.export import gate, plain
 from scaletrain.export import run as exporting
 from scaletrain.export.run import Form, export_run
+from scaletrain.networks.adapters import add_adapter
+from scaletrain.networks.build import save
 from scaletrain.quantize import quantize_run
 from scaletrain.shelf import Shelf
 from tests.launch import run
@@ -93,18 +96,84 @@ def test_peft_loads_an_adapter_and_the_base_it_was_trained_over(tied: Path, fold
     assert card(own.path)["library_name"] == "peft"
 
 
+RANK = {"r": 4, "alpha": 8}
+
+
+def adapted(folder: Path, name: str, adapter: dict[str, Any], *changes: str) -> Path:
+    changed = [f"networks.model.adapter={json.dumps(adapter)}", "players.model.optimizer.lr=0.05", *changes]
+    found = train(folder, "lm/lora", name, *changed)
+    before = logits(trained_over(folder))
+    assert not torch.allclose(logits(trained(found))[..., : before.shape[-1]], before, atol=1e-3)
+    return found
+
+
+def trained_over(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder / "llama")
+
+
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa", "olora", "vera", "ia3"])
 def test_each_kind_of_adapter_merged_and_not(kind: str, folder: Path) -> None:
-    adapter = [f"networks.model.adapter.type={kind}", "players.model.optimizer.lr=0.05"]
-    adapted = train(folder, "lm/lora", kind, *adapter)
-    expected = logits(trained(adapted))
-    assert not torch.allclose(expected, logits(AutoModelForCausalLM.from_pretrained(folder / "llama")), atol=1e-3)
-    (own,) = export_run(adapted, folder / f"{kind}-out")
-    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(own.path)), expected)
-    (own,) = export_run(adapted, folder / f"{kind}-merged", Form(merge=True))
+    rank = {"vera": {"r": 8}, "ia3": {}}.get(kind, RANK)
+    source = adapted(folder, kind, {"type": kind, **rank})
+    expected = logits(trained(source))
+    (own,) = export_run(source, folder / f"{kind}-out")
+    exact = {"rtol": 1e-5, "atol": 1e-6} if kind in ("pissa", "olora") else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(own.path)), expected, **exact)
+    (own,) = export_run(source, folder / f"{kind}-merged", Form(merge=True))
     loaded = AutoModelForCausalLM.from_pretrained(own.path)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("here")
+def test_an_adapter_that_has_no_weights_to_be_merged_into(folder: Path) -> None:
+    source = adapted(folder, "prompt", {"type": "prompt", "virtual_tokens": 3}, "data.packing=false")
+    (own,) = export_run(source, folder / "prompt-out")
+    found = logits(AutoPeftModelForCausalLM.from_pretrained(own.path))
+    assert torch.equal(found[:, 3:], logits(trained(source)))
+    with pytest.raises(UserError, match="`model`: its kind of adapter cannot be merged"):
+        export_run(source, folder / "prompt-merged", Form(merge=True))
+    assert list((folder / "prompt-merged").glob("*")) == []
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("kind", ["tokens", "merge"])
+def test_an_adapter_over_a_base_of_its_own(kind: str, folder: Path) -> None:
+    """Rows for new tokens, or another adapter folded in: the base is no folder that there is already."""
+    if kind == "tokens":
+        source = adapted(folder, kind, RANK, "networks.model.config.vocab_size=40")
+    else:
+        other = add_adapter(trained_over(folder), AdapterSpec(r=2))
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.add_(0.02)
+        save(other, NetworkSpec(), folder / "other")
+        source = adapted(folder, kind, {**RANK, "merge": [str(folder / "other")]})
+    expected = logits(trained(source))
+    base, own = export_run(source, folder / f"{kind}-out")
+    assert base.path.name == "model-base"
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(own.path)), expected)
+    (own,) = export_run(source, folder / f"{kind}-merged", Form(merge=True))
+    loaded = AutoModelForCausalLM.from_pretrained(own.path)
+    assert loaded.config.vocab_size == expected.shape[-1] == (40 if kind == "tokens" else 32)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_an_adapter_over_a_quantised_base(how: str, folder: Path, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip("bitsandbytes")
+    source = adapted(folder, how, RANK, f"networks.model.quantize={how}")
+    if how == "int8":
+        request.getfixturevalue("here")  # a new process costs seconds, and one has shown that it can
+    (own,) = export_run(source, folder / f"{how}-out")
+    assert own.notes[0].startswith("loaded by the library alone, on rows of the run's data: max |difference|")
+    whole = logits(AutoPeftModelForCausalLM.from_pretrained(own.path))  # over the base as it was before
+    request.getfixturevalue("here")
+    (own,) = export_run(source, folder / f"{how}-merged", Form(merge=True))
+    assert "from what was trained (base)" in own.notes[1]
+    loaded = AutoModelForCausalLM.from_pretrained(own.path)
+    assert not hasattr(loaded.config, "quantization_config")
+    torch.testing.assert_close(logits(loaded), whole, rtol=1e-4, atol=1e-6)
 
 
 def test_a_classifier_of_an_adapter(classifier: Path, folder: Path) -> None:

@@ -28,8 +28,9 @@ from scaletrain.runs import foresee, train
 from tests.recipes.tiny import make_data, overrides
 
 RECIPES = (
-    "quickstart", "lm/pretrain", "lm/lora", "lm/dpo", "lm/kto", "text/classify", "text/regress", "text/tag",
-    "text/distill", "encoder/roberta", "seq2seq/transformer", "vision/cnn", "vision/resnet18", "gan/dcgan",
+    "quickstart", "lm/pretrain", "lm/lora", "lm/dpo", "lm/kto", "lm/distill", "lm/qat", "text/classify",
+    "text/regress", "text/tag", "text/distill", "encoder/roberta", "seq2seq/transformer", "vision/cnn",
+    "vision/resnet18", "gan/dcgan",
 )  # fmt: skip
 ONE = Way("ddp", 1, False, False)
 
@@ -147,6 +148,33 @@ def test_shipped_recipes(recipe: str, data: Path) -> None:
             assert needs.memory.step > 0
             if needs.plan.eval_examples:
                 assert needs.memory.evaluation > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["networks.model.quantize=int8"],
+        ["networks.model.adapter={type: loftq, r: 4}"],
+        ["networks.model.adapter={type: prompt}", "data.packing=false"],
+    ],
+    ids=str,
+)
+def test_quantised_bases(changes: list[str], data: Path) -> None:
+    (needs,) = needs_of("lm/qlora", data, ONE, *changes)
+    assert needs.unknown is None
+    (whole,) = needs_of(
+        "lm/qlora", data, ONE, *changes[1:], "networks.model.quantize=null", "networks.model.adapter=null"
+    )
+    assert needs.plan.parameters - needs.plan.trainable == whole.plan.parameters
+    assert needs.memory.kinds[WEIGHTS] < 4 * needs.plan.parameters
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero3"])
+def test_what_an_engine_cannot_hold(engine: str, data: Path) -> None:
+    with pytest.raises(
+        UserError, match=rf"networks\.model: {engine} holds .* in parts, and weights in nf4 are held whole"
+    ):
+        needs_of("lm/qlora", data, Way(engine, 2, False, False))
 
 
 def test_what_is_held_by_adamw(data: Path) -> None:
