@@ -357,8 +357,9 @@ def evaluate(
     from scaletrain import finished
     from scaletrain.callbacks.progress import table
 
+    sources: tuple[str, ...] = ()
     if lm_eval and not (data or generate):
-        metrics, sources, report = finished.evaluate_tasks(folder, lm_eval.split(",")), (), None
+        metrics, report = finished.evaluate_tasks(folder, lm_eval.split(",")), None
     elif lm_eval:
         raise UserError("--lm-eval has data of its own: leave out --data and --generate.")
     else:
