@@ -358,18 +358,19 @@ def evaluate(
     from scaletrain import finished
     from scaletrain.callbacks.progress import table
 
+    sources: tuple[str, ...] = ()
     if lm_eval and not (data or generate):
         metrics, report = finished.evaluate_tasks(folder, lm_eval.split(",")), None
     elif lm_eval:
         raise UserError("--lm-eval has data of its own: leave out --data and --generate.")
     else:
-        metrics, report = finished.evaluate(folder, data or [], generate)
+        metrics, sources, report = finished.evaluate(folder, data or [], generate)
     if os.environ.get("RANK", "0") != "0":
         return
     if json:
         _print_json(metrics)
         return
-    print(table(metrics) or "\n".join(f"{name:24} {value:.6g}" for name, value in metrics.items()))
+    print(table(metrics, sources) or "\n".join(f"{name:24} {value:.6g}" for name, value in metrics.items()))
     if report:
         print(report.text)
 

@@ -534,10 +534,13 @@ class EvaluateSpec(Strict):
 
     @staticmethod
     def better(metric: str, new: float, old: float) -> bool:
-        """Say whether `new` is better; losses, errors and distances are better when they are lower, NaN never is."""
+        """Say whether `new` is better; losses, errors and distances are better when they are lower, NaN never is.
+
+        What a source is called, after the @, says nothing.
+        """
         if math.isnan(new) or math.isnan(old):
             return not math.isnan(new)
-        lower = not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", metric.lower()))
+        lower = not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", metric.partition("@")[0].lower()))
         return new < old if lower else new > old
 
 

@@ -13,6 +13,7 @@ from scaletrain.config import Stage
 from scaletrain.data.loader import Layout
 from scaletrain.data.stream import Stream
 from scaletrain.engine.base import Engine
+from scaletrain.evaluation import sources_of
 from scaletrain.objectives.base import Data, Objective
 from scaletrain.parameters import in_an_element
 from scaletrain.player import Player
@@ -93,6 +94,7 @@ def plan(
         train_examples=len(crew.data.train),
         streamed=isinstance(crew.data.train, Stream),
         eval_examples=len(crew.data.eval) if crew.data.eval else 0,
+        eval_sources=sources_of(crew.data.eval),
         bytes=memory,
         unit=crew.objective.throughput,
     )

@@ -1,6 +1,6 @@
 """An objective's evaluation terms over a whole set: sums over samples and processes, divided once.
 
-Where the set is made of several sources, each is evaluated by itself: the terms are given by source, as `loss/SOURCE`,
+Where the set is made of several sources, each is evaluated by itself: the terms are given by source, as `loss@SOURCE`,
 and in all, as `loss`. Where an objective generates answers to compare, that is one more pass, over some of the rows.
 """
 
@@ -56,10 +56,21 @@ def evaluate(
     tallies = world.agree(lambda: _share(objective, networks, parts, recipe, world, beat, lockstep, first))
     shares = world.gather(tallies)
     metrics = objective.conclude(_divided(tally for share in shares for tally in share.values()))
-    for name in parts if len(parts) > 1 else ():
+    for name in sources_of(dataset):
         own = objective.conclude(_divided(share[name] for share in shares))
-        metrics |= {f"{metric}/{name}": value for metric, value in own.items()}
+        metrics |= {of_source(metric, name): value for metric, value in own.items()}
     return metrics
+
+
+def sources_of(dataset: Dataset | None) -> tuple[str, ...]:
+    """Return the names of the sources that are each evaluated by itself, too: of several."""
+    parts = {} if dataset is None else parts_of(dataset)
+    return tuple(parts) if len(parts) > 1 else ()
+
+
+def of_source(metric: str, source: str) -> str:
+    """Return the name of a metric of one source; a slash would take classes, as in `f1/CLASS`, for sources."""
+    return f"{metric}@{source}"
 
 
 def _divided(tallies: Iterable[Tally]) -> dict[str, float]:

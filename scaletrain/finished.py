@@ -20,7 +20,7 @@ from scaletrain.data.dataset import Dataset
 from scaletrain.data.order import key_of
 from scaletrain.engine.world import World
 from scaletrain.errors import UserError, agreed
-from scaletrain.evaluation import batch_size
+from scaletrain.evaluation import batch_size, sources_of
 from scaletrain.evaluation import evaluate as evaluate_set
 from scaletrain.explain import decode
 from scaletrain.objectives.base import Objective, Report, Request, RunView, Samples
@@ -129,11 +129,11 @@ def sample(folder: Path, count: int, prompts: tuple[str, ...] = (), seed: int | 
 
 def evaluate(
     folder: Path, data: Sequence[str] = (), generate: int | None = None
-) -> tuple[dict[str, float], Report | None]:
+) -> tuple[dict[str, float], tuple[str, ...], Report | None]:
     """Evaluate the newest checkpoint on its evaluation data, or on other files; and judge the whole run if it ended.
 
-    generate: have so many rows of each source answered, and compare the answers, whatever the recipe says. Raises
-    UserError for families that answer nothing.
+    generate: have so many rows of each source answered, and compare the answers, whatever the recipe says. Returns the
+    metrics, the sources that they are given by, too, and the report. Raises UserError for families that answer nothing.
     """
     run = FinishedStage.open(folder)
     run = run if generate is None else run.judging(generate)
@@ -146,7 +146,8 @@ def evaluate(
             raise agreed(UserError("there is no evaluation data: give --data FILE, or data.eval in the recipe."))
         networks = run.networks(world.device)
         metrics = evaluate_set(run.objective, networks, held, recipe, world)
-        return metrics, None if data else world.on_main(lambda: report_on(folder, world.device))
+        report = None if data else world.on_main(lambda: report_on(folder, world.device))
+        return metrics, sources_of(held), report
     finally:
         world.close()
 

@@ -32,6 +32,8 @@ class Plan:
     """Rows, of a stream."""
     streamed: bool
     eval_examples: int
+    eval_sources: tuple[str, ...]
+    """Names of those that are each evaluated by itself, too."""
     bytes: dict[str, int]
     """Memory of one process by kind: weights, gradients, optimiser, average."""
     unit: str

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from scaletrain.callbacks.base import Observer, Plan
+from scaletrain.evaluation import of_source
 
 
 def quantity(value: float, unit: str = "") -> str:
@@ -25,24 +26,22 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def table(metrics: Mapping[str, float]) -> str:
-    """Write metrics that are given by source too, as `loss/SOURCE` beside `loss`: a line for all and for each source.
-
-    Empty where none is.
-    """
-    lines: dict[str, dict[str, str]] = {}
-    for name, value in metrics.items():
-        metric, _, source = name.partition("/")
-        if metric in metrics:
-            lines.setdefault(source or "all", {})[metric] = f"{value:.4g}"
-    if len(lines) < 2:
+def table(metrics: Mapping[str, float], sources: Sequence[str]) -> str:
+    """Write a line for each metric, with what it is of all rows and of those of each source; empty without sources."""
+    if not sources:
         return ""
-    columns = lines["all"]
-    first = max(map(len, lines))
-    widths = {c: max(len(c), *(len(line.get(c, "")) for line in lines.values())) for c in columns}
-    rows = [("", {c: c for c in columns}), *lines.items()]
+    columns = {name: [of_source(name, source) for source in sources] for name in metrics}
+    own = {name for names in columns.values() for name in names}
+    rows = [("", "all", *sources)]
+    rows += [
+        (name, *(f"{metrics[n]:.4g}" if n in metrics else "" for n in (name, *columns[name])))
+        for name in metrics
+        if name not in own
+    ]
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     return "\n".join(
-        f"  {name:{first}}  " + "  ".join(f"{line.get(c, ''):>{w}}" for c, w in widths.items()) for name, line in rows
+        f"  {name:{first}}  " + "  ".join(f"{v:>{w}}" for v, w in zip(values, widths, strict=True))
+        for name, *values in rows
     )
 
 
@@ -126,7 +125,7 @@ class Progress(Observer):
         """Print the metrics."""
         skip = ("step", "stage_step")
         metrics = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in skip}
-        by_source = table(metrics)
+        by_source = table(metrics, self._plan.eval_sources if self._plan else ())
         figures = f"\n{by_source}" if by_source else " " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
         self.say(f"evaluation at step {step:,}:{figures}")
 

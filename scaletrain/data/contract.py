@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,14 +104,9 @@ def inspect(
     tokens, rows, seq_len = dataset.tokens, dataset.rows, dataset.seq_len
     fmts = readers(rows)
     lengths, count = tokens.lengths, len(rows)
-    ends = sorted({i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids))
-    seen = figures(tokens, ends)
+    seen = figures(tokens, ends_of(tokenizer))
     wrong: list[str] = []
-
-    def some(which: Ints) -> str:
-        return f"{len(which):,} rows" + (
-            f" (such as {', '.join(map(rows.name, which[:FIRST].tolist()))})" if len(which) else ""
-        )
+    some = partial(some_of, rows)
 
     whole = learned(tokens, np.maximum(lengths - 1, 0))
     told = int(whole.sum())
@@ -165,6 +161,18 @@ def inspect(
     )
 
 
+def ends_of(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the tokens that may end a text or a turn: special ones."""
+    return sorted({i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids))
+
+
+def some_of(rows: Rows, which: Ints) -> str:
+    """Say how many rows, and name the first."""
+    return f"{len(which):,} rows" + (
+        f" (such as {', '.join(map(rows.name, which[:FIRST].tolist()))})" if len(which) else ""
+    )
+
+
 def fill(sizes: Ints, batch: int) -> float:
     """Return what share of the places of batches is no padding. sizes: (N,) places of each example."""
     if not len(sizes):
@@ -176,11 +184,11 @@ def fill(sizes: Ints, batch: int) -> float:
     return float(sizes.sum() / (width * np.diff(starts, append=len(sizes))).sum())
 
 
-def lengths_in_words(lengths: Ints) -> str:
+def lengths_in_words(lengths: Ints, of: str = "a row") -> str:
     """Return the percentiles of lengths as a line of text."""
     half, most, all_but = np.percentile(lengths, [50, 95, 99]).astype(int).tolist() if len(lengths) else (0, 0, 0)
     return (
-        f"tokens of a row: half ≤ {half:,}, 95% ≤ {most:,}, 99% ≤ {all_but:,}, longest {int(lengths.max(initial=0)):,}"
+        f"tokens of {of}: half ≤ {half:,}, 95% ≤ {most:,}, 99% ≤ {all_but:,}, longest {int(lengths.max(initial=0)):,}"
     )
 
 
@@ -193,7 +201,7 @@ def histogram(lengths: Ints) -> Iterator[str]:
         yield f"≤ {bound:7,} {count:10,} {'█' * round(40 * count / max(1, *counts))}".rstrip()
 
 
-def _spread(count: int, wanted: int) -> list[int]:
+def spread(count: int, wanted: int) -> list[int]:
     """Return so many numbers, evenly spread over those below `count`."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int)).tolist()
 
@@ -202,7 +210,7 @@ def _compared(tokens: Tokens, rows: Rows, fmts: Sequence[Format]) -> Iterator[tu
     """Yield some rows: number, tokens, and what another accepted way makes of them."""
     start = 0
     for run, fmt in zip(rows.alike() if len(fmts) > 1 else [rows], fmts, strict=True):
-        numbers = _spread(len(run), OFFICIAL_ROWS)
+        numbers = spread(len(run), OFFICIAL_ROWS)
         values = run.take(fmt.columns, np.array(numbers))
         official = fmt.official([values[c] for c in fmt.columns], [run.name(i) for i in numbers])
         for i, ids in zip(numbers, official or (), strict=False):
@@ -223,7 +231,7 @@ def _coloured(
     tokens: Tokens, rows: Rows, tokenizer: PreTrainedTokenizerFast, count: int
 ) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
     """Yield rows evenly spread: name, and pieces of text with whether they are learned."""
-    for number in _spread(len(rows), count):
+    for number in spread(len(rows), count):
         a, b = tokens.offsets[number : number + 2].tolist()
         marks = np.ones(b - a, np.uint8) if tokens.marks is None else np.asarray(tokens.marks[a:b])
         cuts = np.flatnonzero(np.diff(marks)) + 1

@@ -64,6 +64,14 @@ class Answered(Format):
 
     def encode(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> Encoded:
         """Tokenise, as the format does that it is written in. Raises UserError that names the row."""
+        return self.written.encode(self._rewritten(values, names), names)
+
+    def official(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> list[list[int]] | None:
+        """Return what the format that it is written in has for another, accepted way."""
+        return self.written.official(self._rewritten(values, names), names)
+
+    def _rewritten(self, values: Sequence[Sequence[Any]], names: Sequence[str]) -> Sequence[Sequence[Any]]:
+        """Return the columns that the format reads that it is written in."""
         rows = list(zip(*values, names, strict=True))
         for _, answer, name in rows:
             if not (self.chat or isinstance(answer, str)):
@@ -71,9 +79,9 @@ class Answered(Format):
             if isinstance(answer, str) and not answer.strip():
                 raise UserError(f"{name}: `{self.answer}` is empty.")
         if not self.chat:
-            return self.written.encode(values, names)
+            return values
         join = self._joined if self.whole is None else self._checked
-        return self.written.encode([[join(*row) for row in rows]], names)
+        return [[join(*row) for row in rows]]
 
     def _joined(self, prompt: Any, answer: Any, name: str) -> list[Any]:
         """Return the chat of a prompt and an answer."""
@@ -188,12 +196,21 @@ class Line(NamedTuple):
     """Tokens of the answer, at the end."""
 
 
+class Origin(NamedTuple):
+    """All N rows that were read."""
+
+    sequences: tuple[Sequences, ...]
+    """Of each row."""
+    left: Mapping[str, npt.NDArray[np.bool_]]
+    """(N,) which are left out, by the reason."""
+
+
 @final
 class Preferences(Dataset):
     """Rows of one or more sequences each, all or none of which are in a batch; packed, several rows are one example.
 
     groups: sequences of N rows by what their names in a batch begin with. numbers: (N,) which rows of the data they
-    are. labels: (N,) how each was judged, if it was.
+    are. origin: those that the rows were chosen from. labels: (N,) how each was judged, if it was.
 
     Batches, for each group: input_ids (R, T) with padding at the right, position_ids (R, T) where packed; learned (K,)
     places in the flattened (R · T) after which an answer's token comes, targets (K,), those tokens, segments (K,), the
@@ -209,8 +226,10 @@ class Preferences(Dataset):
         rows: Rows,
         numbers: Ints,
         shape: Shape,
+        origin: Origin,
         labels: npt.NDArray[np.bool_] | None = None,
     ):
+        self.origin = origin
         self._groups, self.rows, self.numbers, self.shape, self._labels = dict(groups), rows, numbers, shape, labels
         room = {name: _room(group, shape.seq_len) for name, group in self._groups.items()}
         self._kept = {n: [np.minimum(s.prompts.lengths, room[n]) for s in g] for n, g in self._groups.items()}
@@ -231,10 +250,24 @@ class Preferences(Dataset):
         return len(self._starts) - 1
 
     @cached_property
-    def cut(self) -> int:
-        """Rows whose prompt loses its beginning."""
+    def cut(self) -> Ints:
+        """Rows of the data whose prompt loses its beginning."""
         cut = [k < s.prompts.lengths for n, g in self._groups.items() for k, s in zip(self._kept[n], g, strict=True)]
-        return int(np.any(cut, axis=0).sum())
+        return self.numbers[np.any(cut, axis=0)]
+
+    def sizes(self) -> Ints:
+        """Return the places of each example's lines: (N, L)."""
+        lines = np.stack([k + s.answers.lengths - 1 for k, s in zip(self._kept[""], self._groups[""], strict=True)], 1)
+        if not self.shape.packed:
+            return lines
+        return np.add.reduceat(lines.sum(1)[self._order], self._starts[:-1])[:, None]
+
+    def told(self, index: int) -> list[tuple[Ints, Ints]]:
+        """Return the sequences of the kept row `index`: what is left of each prompt, and the answer."""
+        return [
+            (self._prompt(s.prompts.at(index), int(k[index])), s.answers.at(index))
+            for s, k in zip(self._groups[""], self._kept[""], strict=True)
+        ]
 
     def _members(self, index: int) -> list[int]:
         members: list[int] = self._order[self._starts[index] : self._starts[index + 1]].tolist()
@@ -315,9 +348,10 @@ def pairs(chosen: Sequences, rejected: Sequences, rows: Rows, shape: Shape, quie
     for i in np.flatnonzero(fitting & (chosen.answers.lengths == rejected.answers.lengths)).tolist():
         same[i] = np.array_equal(chosen.answers.at(i), rejected.answers.at(i))
     kept = np.flatnonzero(fitting & ~same)
-    found = Preferences({"": [chosen.take(kept), rejected.take(kept)]}, rows, kept, shape)
+    origin = Origin((chosen, rejected), {_unfit(shape): ~fitting, "chosen and rejected are the same": same})
+    found = Preferences({"": [chosen.take(kept), rejected.take(kept)]}, rows, kept, shape, origin)
     if not quiet:
-        _say(found, fitting, same)
+        _say(found)
     return found
 
 
@@ -340,9 +374,10 @@ def ratings(
     own, judged = answered.take(kept), labels[kept]
     others = _others(own.prompts, seed, rows) if len(kept) > 1 else np.arange(len(kept))
     mismatched = Sequences(own.prompts, own.answers.take(others))
-    found = Preferences({"": [own], MISMATCHED: [mismatched]}, rows, kept, shape, judged)
+    origin = Origin((answered,), {_unfit(shape): ~fitting})
+    found = Preferences({"": [own], MISMATCHED: [mismatched]}, rows, kept, shape, origin, judged)
     if not quiet:
-        _say(found, fitting, np.zeros(len(rows), bool))
+        _say(found)
         good = int(judged.sum())
         if training and good in (0, len(kept)):
             raise UserError(f"every `label` is {bool(good)}: rows of both kinds are needed.")
@@ -384,21 +419,21 @@ def _fitting(group: Sequence[Sequences], seq_len: int) -> npt.NDArray[np.bool_]:
     return np.all([(s.answers.lengths > 0) & (s.answers.lengths <= seq_len) for s in group], axis=0)
 
 
-def _say(found: Preferences, fitting: npt.NDArray[np.bool_], same: npt.NDArray[np.bool_]) -> None:
+def _unfit(shape: Shape) -> str:
+    return f"their answer has no tokens, or more than data.seq_len={shape.seq_len}"
+
+
+def _say(found: Preferences) -> None:
     """Say which rows are cut or left out. Raises UserError when none is left."""
-    rows, seq_len, total = found.rows, found.shape.seq_len, f"{len(fitting):,}"
-    reasons = {
-        f"their answer has no tokens, or more than data.seq_len={seq_len}": ~fitting,
-        "chosen and rejected are the same": same,
-    }
-    for reason, left in reasons.items():
+    rows, total = found.rows, f"{len(found.rows):,}"
+    for reason, left in found.origin.left.items():
         if left.any():
             first = rows.name(int(np.flatnonzero(left)[0]))
             if not len(found):
                 raise UserError(f"no row of {total} is left to learn from: {reason}, as in {first}.")
             log.warning("%s of %s rows are left out: %s, as in %s", f"{int(left.sum()):,}", total, reason, first)
-    if found.cut:
+    if len(found.cut):
         log.warning(
             "%s of %s rows are longer than data.seq_len=%d: their prompts lose their beginning",
-            f"{found.cut:,}", total, seq_len,
+            f"{len(found.cut):,}", total, found.shape.seq_len,
         )  # fmt: skip

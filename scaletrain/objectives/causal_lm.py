@@ -103,7 +103,7 @@ class Objective(Generative[Config]):
             )
         self._format: formats.FormatName = config.format or "text"
         self._checked = False
-        self._embeddings: int | None = None
+        self.embeddings: int | None = None
         self._trained_on = heads.CrossEntropy(config.label_smoothing, config.z_loss)
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
@@ -161,7 +161,7 @@ class Objective(Generative[Config]):
         """Return the data contract."""
         assert isinstance(dataset, LanguageDataset)
         batch = self.recipe.train.micro_batch or self.recipe.train.global_batch
-        return inspect(dataset, self._readers, self._reading, self._embeddings, batch, self.config.max_lost)
+        return inspect(dataset, self._readers, self._reading, self.embeddings, batch, self.config.max_lost)
 
     def facts(self) -> dict[str, str]:
         """Return the tokenizer's."""
@@ -194,7 +194,7 @@ class Objective(Generative[Config]):
             causal_lm.read_config(spec.path, config) if spec.path else causal_lm.new_config(config)
         ).get_text_config()
         check_vocabulary(tokenizer, settings.vocab_size, f"networks.{self.speaker}")
-        self._embeddings = settings.vocab_size
+        self.embeddings = settings.vocab_size
         limit = getattr(settings, "max_position_embeddings", None)
         wanted = self.config.sampling.max_new_tokens
         if limit and wanted and wanted >= limit:

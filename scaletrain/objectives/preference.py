@@ -19,7 +19,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe, Strict
-from scaletrain.data import preferences
+from scaletrain.data import preference_contract, preferences
+from scaletrain.data.contract import Inspection
+from scaletrain.data.dataset import Dataset
 from scaletrain.data.formats import FormatName, language_format
 from scaletrain.data.preferences import MISMATCHED, Answered, Preferences, Sequences, Shape
 from scaletrain.data.text import encode, tokenise
@@ -57,6 +59,8 @@ class Config(Strict):
     """A Jinja file, in place of the tokenizer's own chat template."""
     template_options: dict[str, Any] = Field(default_factory=dict)
     """Values for the chat template, such as {enable_thinking: false}."""
+    max_lost: float = Field(0.05, ge=0, le=1)
+    """Share of the rows that may be left out: an answer is empty or longer than data.seq_len, or both are the same."""
     sampling: SamplingConfig = SamplingConfig()
 
 
@@ -169,22 +173,31 @@ class Objective(Speaking[Config]):
         assert tokenizer is not None
         assert seq_len is not None
         shape = Shape(seq_len, filler(tokenizer), self.recipe.data.packing, tuple(leading(tokenizer)))
-        chat = self.language.config.format == "chat"
-
-        def answered(column: str, other: str) -> Sequences:
-            fmt = Answered(self._written.tokenizer, self._written, column, chat, None if self._prompted else other)
-            return Sequences.of(encode(rows, fmt) if window else tokenise(rows, fmt))
-
+        sequences = [Sequences.of(encode(rows, fmt) if window else tokenise(rows, fmt)) for fmt in self._formats()]
         if isinstance(self.config.loss, KTO):
             labels = preferences.judgements(rows.take(["label"], np.arange(len(rows)))["label"], rows)
-            sequences = answered("completion", "")
-            found = preferences.ratings(sequences, labels, rows, shape, self.recipe.seed, training, quiet=window)
+            (own,) = sequences
+            found = preferences.ratings(own, labels, rows, shape, self.recipe.seed, training, quiet=window)
         else:
-            both = answered("chosen", "rejected"), answered("rejected", "chosen")
-            found = preferences.pairs(*both, rows, shape, quiet=window)
+            chosen, rejected = sequences
+            found = preferences.pairs(chosen, rejected, rows, shape, quiet=window)
         if not window:
             self.language.prompts = found.prompts(causal_lm.PROMPTS)
         return found
+
+    def _formats(self) -> list[Answered]:
+        """Return how each answer of a row is read."""
+        answers = ("completion",) if isinstance(self.config.loss, KTO) else ("chosen", "rejected")
+        others = [None] * len(answers) if self._prompted else answers[::-1]
+        chat, written = self.language.config.format == "chat", self._written
+        return [Answered(written.tokenizer, written, a, chat, o) for a, o in zip(answers, others, strict=True)]
+
+    def inspect(self, dataset: Dataset) -> Inspection:
+        """Return the data contract."""
+        assert isinstance(dataset, Preferences)
+        batch = self.recipe.train.micro_batch or self.recipe.train.global_batch
+        found = self.language.embeddings, batch, self.config.max_lost
+        return preference_contract.inspect(dataset, self._formats(), self._written.tokenizer, *found)
 
     # --- networks -----------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ def evaluated(data: Path, name: str, processes: int, engine: str) -> dict[str, f
     words = ["run", "lm/lora", f"networks.model={{type: causal_lm, path: {data}/llama}}", "data.seq_len=48"]
     words += [f"data.train={data}/five.jsonl", f"data.eval=[{data}/one.jsonl, {data}/five.jsonl]", "data.holdout=0"]
     words += ["train.duration=20 steps", "train.global_batch=2", "players.model.optimizer.lr=1e-2", "evaluate.batch=2"]
-    words += ["objective.judge={rows: 9, max_new_tokens: 12}", "evaluate.metric=loss/five", "checkpoint.best=f1/five"]
+    words += ["objective.judge={rows: 9, max_new_tokens: 12}", "evaluate.metric=loss@five", "checkpoint.best=f1@five"]
     run([*words, "--root", data, "--run", name], processes, variables=ENGINES[engine])
     record = metrics(data / name)[-1]
     assert json.loads((data / name / "summary.json").read_text())["metrics"].items() <= record.items()
@@ -43,6 +43,6 @@ def alone(data: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
 def test_metrics_are_those_of_one_process(engine: str, alone: dict[str, float], data: Path) -> None:
-    assert {"loss/one", "loss/five", "rougeL/one", "f1/five", "f1"} <= alone.keys()
-    assert alone["f1/five"] > 0
+    assert {"loss@one", "loss@five", "rougeL@one", "f1@five", "f1"} <= alone.keys()
+    assert alone["f1@five"] > 0
     assert evaluated(data, engine, 2, engine) == pytest.approx(alone, rel=1e-3)

@@ -130,6 +130,8 @@ def test_nothing_heavy_is_imported():
         ("loss", float("nan"), 2.0, False),
         ("loss", 5.0, float("nan"), True),
         ("accuracy", 0.1, float("nan"), True),
+        ("accuracy@loss", 0.9, 0.8, True),
+        ("loss@error", 1.0, 2.0, True),
     ],
 )
 def test_which_of_two_metrics_is_better(metric: str, new: float, old: float, better: bool) -> None:

@@ -6,18 +6,27 @@ import io
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from scaletrain import finished
-from scaletrain.callbacks.progress import table
+from scaletrain.callbacks.base import Plan
+from scaletrain.callbacks.progress import Progress, table
 from scaletrain.chat import chat
+from scaletrain.config import Recipe
+from scaletrain.data.dataset import Dataset, Example
+from scaletrain.data.joined import Joined
+from scaletrain.engine.world import World
 from scaletrain.errors import UserError
 from scaletrain.evaluate.text_metrics import exact_match, rouge, token_f1
+from scaletrain.evaluation import evaluate, sources_of
+from scaletrain.player import Term
 from scaletrain.recipe import load
 from scaletrain.runs import train
 from tests.recipes.tiny import make_data
@@ -93,14 +102,14 @@ def expected(run: Path, data: Path) -> dict[str, float]:
     files = {"a": data / "eval" / "a.jsonl", "b": data / "eval" / "b.jsonl"}
     found = plain(run, [*files.values()])
     for name, file in files.items():
-        found |= {f"{metric}/{name}": value for metric, value in plain(run, [file]).items()}
+        found |= {f"{metric}@{name}": value for metric, value in plain(run, [file]).items()}
     return found
 
 
 def test_metrics_are_those_of_each_source_and_of_all(run: Path, data: Path) -> None:
     wanted = expected(run, data)
     assert 0 < wanted["f1"] < 1
-    assert wanted["loss"] != pytest.approx((wanted["loss/a"] + wanted["loss/b"]) / 2)
+    assert wanted["loss"] != pytest.approx((wanted["loss@a"] + wanted["loss@b"]) / 2)
     record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     found = {k: v for k, v in record.items() if k not in ("kind", "step", "stage")}
     assert found == pytest.approx(wanted, rel=1e-5)
@@ -112,12 +121,12 @@ def test_afterwards_without_the_training_data(run: Path, data: Path, tmp_path: P
     try:
         (run / "recipe.yaml").write_text(text.replace(f"{data}/eval/", "/nowhere/"))
         other = [str(data / "eval" / f"{name}.jsonl") for name in "ab"]
-        found, _ = finished.evaluate(run, other)
+        found, *_ = finished.evaluate(run, other)
         assert found == pytest.approx(wanted, rel=1e-5)
         renamed = tmp_path / "renamed.jsonl"
         renamed.write_text((data / "eval" / "a.jsonl").read_text().replace('"prompt"', '"q"'))
-        found, _ = finished.evaluate(run, [f"{{path: {renamed}, columns: {{prompt: q}}}}"])
-        assert found["loss"] == pytest.approx(wanted["loss/a"], rel=1e-5)
+        found, *_ = finished.evaluate(run, [f"{{path: {renamed}, columns: {{prompt: q}}}}"])
+        assert found["loss"] == pytest.approx(wanted["loss@a"], rel=1e-5)
         with pytest.raises(UserError, match="nowhere"):
             finished.evaluate(run)
     finally:
@@ -126,8 +135,8 @@ def test_afterwards_without_the_training_data(run: Path, data: Path, tmp_path: P
 
 def test_answers_when_asked(run: Path, data: Path) -> None:
     one = [str(data / "eval" / "a.jsonl")]
-    found, _ = finished.evaluate(run, one, generate=7)
-    assert found["f1"] == pytest.approx(expected(run, data)["f1/a"])
+    found, *_ = finished.evaluate(run, one, generate=7)
+    assert found["f1"] == pytest.approx(expected(run, data)["f1@a"])
 
 
 def test_samples_and_conversation(
@@ -168,7 +177,6 @@ def test_families_that_do_not_speak(call: Any, message: str, pictures: Path) -> 
 
 
 def test_data_that_do_not_fit_the_network(pictures: Path) -> None:
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
@@ -193,12 +201,71 @@ def test_the_harness_is_named_where_it_is_missing(run: Path, monkeypatch: pytest
         finished.evaluate_tasks(run, ["hellaswag"])
 
 
-def test_the_table_has_a_line_for_each_source() -> None:
-    text = table({"loss": 1.5, "f1": 0.25, "loss/dev": 1, "loss/b/dev": 2.25, "f1/dev": 0.5})
+def test_the_table_has_a_line_for_each_metric_and_a_column_for_each_source() -> None:
+    whole = {"loss": 1.5, "f1": 0.25, "f1/dev": 0.75, "reward/chosen": 2}
+    text = table({**whole, "loss@dev": 1, "f1@dev": 0.5, "f1/dev@dev": 0.125, "loss@b/all": 2.25}, ["dev", "b/all"])
     assert [line.split() for line in text.splitlines()] == [
-        ["loss", "f1"],
-        ["all", "1.5", "0.25"],
-        ["dev", "1", "0.5"],
-        ["b/dev", "2.25"],
+        ["all", "dev", "b/all"],
+        ["loss", "1.5", "1", "2.25"],
+        ["f1", "0.25", "0.5"],
+        ["f1/dev", "0.75", "0.125"],
+        ["reward/chosen", "2"],
     ]
-    assert table({"loss": 1.5, "critic/loss": 1.0}) == ""
+    assert table(whole, ()) == ""
+
+
+class Told(Dataset):
+    """Samples that are numbers."""
+
+    def __init__(self, *numbers: float):
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        return {"number": self.numbers[index]}
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        return {"number": torch.tensor([e["number"] for e in examples])}
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+class Scored:
+    """Stands for an objective that scores a class by the name of `dev`."""
+
+    turns = (None,)
+
+    def evaluate(self, networks: Any, batch: Any) -> dict[str, Term]:
+        return {name: Term(factor * batch["number"].sum(), "rows") for name, factor in (("f1", 1), ("f1/dev", 10))}
+
+    def counts(self, turn: Any, batch: Any) -> dict[str, int]:
+        return {"rows": len(batch["number"])}
+
+    def answers(self, dataset: Dataset) -> None:
+        return None
+
+    def conclude(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {name: value for name, value in metrics.items() if name != "loss"}
+
+
+def test_a_class_may_be_called_as_a_source() -> None:
+    recipe = Recipe.model_validate({"objective": {"type": "causal_lm"}, "data": {"train": "unused"}})
+    sets, own, world = {"dev": Told(1.0, 3.0), "test": Told(6.0, 6.0)}, Scored(), World(torch.device("cpu"))
+    whole: Any = Joined([*sets.values()], tuple(sets))
+    metrics = evaluate(own, {}, whole, recipe, world)  # type: ignore[arg-type]
+    expected = {"f1": 4.0, "f1@dev": 2.0, "f1@test": 6.0, "f1/dev": 40.0, "f1/dev@dev": 20.0, "f1/dev@test": 60.0}
+    assert metrics == expected
+    assert sources_of(whole) == ("dev", "test")
+    assert sources_of(sets["dev"]) == ()
+    numbers = dict.fromkeys(("first_step", "steps", "at", "parameters", "trainable", "micro_batch", "accumulate"), 1)
+    numbers |= dict.fromkeys(("processes", "train_examples", "eval_examples"), 1)
+    words = dict.fromkeys(("stage", "precision", "device", "unit"), "x")
+    options: Any = {**numbers, **words, "stages": ("x",), "streamed": False, "bytes": {}}
+    for sources, figures in ((sources_of(whole), table(metrics, ("dev", "test"))), ((), "f1/dev 40")):
+        progress = Progress(io.StringIO())
+        progress.begin(Plan(**options, eval_sources=sources))
+        progress.evaluated(1, {"kind": "evaluate", "step": 1, **(metrics if sources else {"f1": 4.0, "f1/dev": 40.0})})
+        assert figures in progress.stream.getvalue()  # type: ignore[attr-defined]

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from scaletrain.config import SourceSpec
-from scaletrain.data.formats import language_format
+from scaletrain.data.formats import Format, language_format
+from scaletrain.data.preference_contract import inspect
 from scaletrain.data.preferences import (
     MISMATCHED,
     Answered,
@@ -33,10 +34,10 @@ from scaletrain.errors import UserError
 WORDS = ["<pad>", "</s>", "<s>", "<|im_start|>", "<|im_end|>", "user", "assistant", *"abcdefghijklmnop"]
 
 
-def tokenizer_of() -> PreTrainedTokenizerFast:
+def tokenizer_of(end: str = "</s>") -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token="<pad>")
 
 
 def rows_of(folder: Path, *rows: dict[str, Any]) -> Rows:
@@ -263,3 +264,61 @@ def test_a_window_of_a_stream_may_come_to_nothing(packed: bool, tmp_path: Path) 
     assert len(ratings(sequences, labels, rows, Shape(2, 0, packed), 0, quiet=True)) == 0
     with pytest.raises(UserError, match=r"no row of 1 is left to learn from: their answer has no tokens, or more than"):
         ratings(sequences, labels, rows, Shape(2, 0, packed), 0)
+
+
+def formats_of(*columns: str, chat: bool = False) -> list[Format]:
+    written = language_format("chat" if chat else "completion", tokenizer_of())
+    return [Answered(written.tokenizer, written, column, chat) for column in columns]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_said_of_pairs(packed: bool, tmp_path: Path) -> None:
+    same = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    long = {"prompt": "a", "chosen": "b c d e f g h i", "rejected": "b"}
+    cut = {"prompt": "a b c d", "chosen": "e f g", "rejected": "h"}
+    rows = rows_of(tmp_path, ROWS[0], same, long, cut, ROWS[0])
+    dataset = both(rows, Shape(6, 0, packed))
+    fmts, tokenizer = formats_of("chosen", "rejected"), tokenizer_of()
+    found = inspect(dataset, fmts, tokenizer, None, 4, 0.3)
+    names = [rows.name(i) for i in range(5)]
+    # With ends of text: (2 + 4) + (2 + 2), 3 + 3, 10 + 3, 8 + 6 and the first again.
+    lines = [
+        f"5 rows, 53 tokens, of which 33 (62%) are of answers; 1 rows (such as {names[4]}) occur again",
+        "tokens of a prompt with an answer: half ≤ 5, 95% ≤ 9, 99% ≤ 9, longest 10",
+        f"1 rows (such as {names[2]}) are left out: their answer has no tokens, or more than data.seq_len=6",
+        f"1 rows (such as {names[1]}) are left out: chosen and rejected are the same",
+        f"1 rows (such as {names[3]}) are cut at data.seq_len=6: their prompts lose their beginning",
+        "every answer learns its end",
+        # Two lines of 8 places for each of three rows, 5 + 3, 6 + 4 and 5 + 3 of them taken; or one of 16 and one of 8.
+        f"{'2 packs' if packed else '3 examples'}; batches are {26 / 48:.0%} full"
+        + ("" if packed else " (data.packing=true fills more)"),
+    ]
+    sizes = [int(size) for line in whole_batch(dataset)["lengths"].reshape(len(dataset), -1) for size in line]
+    assert dataset.sizes().flatten().tolist() == sizes
+    if packed:
+        lines[-1] = f"{len(dataset)} packs; batches are {26 / whole_batch(dataset)['input_ids'].numel():.0%} full"
+    assert list(found.lines) == lines
+    (wrong,) = found.wrong
+    assert "40.0% of the rows are left out, more than objective.max_lost=0.3 allows: of 1 rows" in wrong
+    assert not inspect(dataset, fmts, tokenizer, None, 4, 0.4).wrong
+    assert found.rows is not None
+    told = found.rows(9)
+    assert told[:2] == [
+        (f"{names[0]}, chosen", [("a b", False), ("c d e </s>", True)]),
+        (f"{names[0]}, rejected", [("a b", False), ("f </s>", True)]),
+    ]
+    assert told[2] == (f"{names[3]}, chosen", [("b c d", False), ("e f g </s>", True)])
+    assert len(told) == 6
+
+
+def test_tokens_that_cannot_be_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizer_of()
+    dataset, fmts = both(rows_of(tmp_path, *ROWS), Shape(6, 0, False)), formats_of("chosen", "rejected")
+    assert not inspect(dataset, fmts, tokenizer, WORDS.index("p") + 1, 4, 0).wrong
+    (wrong,) = inspect(dataset, fmts, tokenizer, WORDS.index("p"), 4, 0).wrong
+    assert re.match(r"1 rows .* line 3\) have tokens that the network has no embedding for: it embeds 22", wrong)
+    monkeypatch.setattr(type(fmts[0].written), "official", lambda self, values, names: [[0]] * len(names))
+    (wrong,) = inspect(dataset, fmts, tokenizer, None, 4, 0).wrong
+    assert "line 1: the tokens are not those of the tokenizer's own chat template" in wrong
+    lines = inspect(dataset, fmts, tokenizer_of("<s>"), None, 4, 0).lines
+    assert any(re.match(r"3 rows .* do not learn an end of the answer", line) for line in lines)

@@ -19,6 +19,7 @@ from scaletrain.data.preferences import MISMATCHED
 from scaletrain.data.sources import open_rows
 from scaletrain.errors import UserError
 from scaletrain.explain import decode
+from scaletrain.inspection import say
 from scaletrain.networks import heads
 from scaletrain.networks.build import build
 from scaletrain.objectives.base import Data
@@ -350,3 +351,19 @@ def test_a_window_of_a_stream_gives_the_same_examples(name: str, data: Path) -> 
     window = dataset.batch(range(len(dataset)), np.zeros(len(dataset), np.uint64))
     assert window.keys() == whole.keys()
     assert all(torch.equal(window[key], tensor) for key, tensor in whole.items())
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_rows_that_would_be_left_out_stop_the_start(name: str, tmp_path: Path, data: Path) -> None:
+    own = objective(data, name)
+    file, column = ("judged.jsonl", "completion") if own.surveys else ("pairs.jsonl", "chosen")
+    rows = [json.loads(line) for line in (data / file).read_text().splitlines()[:20]]
+    say(own, examples(own, data))
+    for row in rows[:18]:
+        row[column] = "a cat " * 30
+    (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = examples(own, tmp_path, 20)
+    with pytest.raises(UserError, match=r"90.0% of the rows are left out, more than objective.max_lost=0.05 allows"):
+        say(own, found)
+    own.config = own.config.model_copy(update={"max_lost": 0.95})
+    say(own, found)
