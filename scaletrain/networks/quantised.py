@@ -31,7 +31,12 @@ def check(spec: NetworkSpec, key: str) -> None:
             f"{key}.quantize: weights in {kind} cannot be trained, which full finetuning does: give the network an "
             "`adapter`, or leave `quantize` out."
         )
-    if spec.path is None and spec.source is None:
+    if spec.source is not None:
+        raise UserError(
+            f"{key}.quantize: what comes by `from` is held as it was there. To hold it in {kind}, export that network, "
+            "with --merge if it has an adapter, and give the folder as `path`; or leave `quantize` out."
+        )
+    if spec.path is None:
         raise UserError(f"{key}.quantize is for pretrained weights: give `path`.")
     if spec.adapter is not None and spec.adapter.merge:
         raise UserError(f"{key}.adapter.merge: adapters cannot be folded into weights in {kind}: leave `quantize` out.")

@@ -140,6 +140,8 @@ def test_an_outline_takes_the_bytes_of_the_network(how: Any, type_: str, folder:
         ({"adapter": {"merge": ["a"]}}, r"cannot be folded into weights in nf4"),
         ({"frozen": True, "dtype": "bfloat16"}, r"say networks.model.quantize.compute=bfloat16"),
         ({"frozen": True, "path": None}, r"is for pretrained weights"),
+        ({"frozen": True, "path": None, "from": "run:a/model"}, r"what comes by `from` is held as it was there"),
+        ({"from": "stage:a/model", "adapter": {"type": "loftq"}}, r"export that network"),
         ({"frozen": True, "shard": True}, r"are held whole"),
         ({"quantize": None, "adapter": {"type": "loftq"}}, r"loftq makes up for quantisation"),
         ({"quantize": "int8", "adapter": {"type": "dora"}}, r"take nf4"),
