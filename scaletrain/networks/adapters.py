@@ -145,7 +145,7 @@ def _config(module: nn.Module, spec: AdapterSpec, new_tokens: range) -> Any:
     """Return peft's configuration of a new adapter."""
     import peft
 
-    common: dict[str, Any] = {"task_type": _task(module), "modules_to_save": spec.train_also or None}
+    common: dict[str, Any] = {"task_type": _task(module), "modules_to_save": [*spec.train_also] or None}
     targets: Any = "all-linear" if spec.targets is None else spec.targets
     if new_tokens and spec.type not in _LIKE_LORA:
         raise UserError(f"adapter.type: {spec.type} cannot train the embeddings of new tokens: take lora.")

@@ -19,6 +19,7 @@ from scaletrain.config import NetworkSpec
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import decode
 from scaletrain.networks._transformers import TransformersConfig, new_tokens
+from scaletrain.networks.quantised import dequantised, is_quantised
 
 
 def network_module(type_: str, key: str) -> ModuleType:
@@ -149,7 +150,9 @@ def unrounded(module: nn.Module) -> nn.Module:
 
 
 def _merged(module: nn.Module) -> nn.Module:
-    """Fold an adapter into the weights, where there is one."""
+    """Fold an adapter into the weights, where there is one; all are then such as can be trained."""
+    if is_quantised(module):
+        module = dequantised(module)
     if not hasattr(module, "peft_config"):
         return unrounded(module).requires_grad_(True)
     whole: nn.Module = module.merge_and_unload()  # type: ignore[operator]
