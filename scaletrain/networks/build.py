@@ -46,7 +46,7 @@ def build(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Pa
     else:
         if base is not None and spec.adapter.merge:
             raise UserError(f"networks.{name}.adapter.merge is for a network that comes from `path`.")
-        whole = base_of(name, spec) if base is None else base
+        whole = base_of(name, spec) if base is None else unrounded(base)
         if saved:
             module = adapters().load_adapter(whole, saved, spec.adapter)
         else:
@@ -97,7 +97,7 @@ def outline(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: 
     """
     with _without_weights():
         if base is not None and (saved is None or spec.adapter is not None):
-            module = _merged(base) if spec.adapter is None else base
+            module = _merged(base) if spec.adapter is None else unrounded(base)
         else:
             module = _whole(name, spec, None if spec.adapter else saved, empty=True)
         if spec.adapter is not None and not hasattr(module, "peft_config"):
