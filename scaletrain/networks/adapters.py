@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import AdapterSpec
 from scaletrain.errors import UserError, did_you_mean
+from scaletrain.networks._positions import virtual_tokens
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PARTS = ("pissa", "olora")
@@ -161,7 +162,7 @@ def _config(module: nn.Module, spec: AdapterSpec, new_tokens: range) -> Any:
             raise UserError(f"adapter.type: prompt is not for a {type(module).__name__}: take lora.")
         return peft.PromptTuningConfig(
             task_type=common["task_type"],
-            num_virtual_tokens=spec.virtual_tokens or 16,
+            num_virtual_tokens=virtual_tokens(spec),
             prompt_tuning_init="SAMPLE_VOCAB",
         )
     return peft.LoraConfig(

@@ -33,6 +33,7 @@ from scaletrain.errors import UserError
 from scaletrain.evaluation import batch_size
 from scaletrain.explain import decode
 from scaletrain.networks import heads
+from scaletrain.networks._positions import beside, left, virtual_tokens
 from scaletrain.networks._states import States, before_head, reduce_with
 from scaletrain.objectives import causal_lm
 from scaletrain.objectives._divergence import Kind, bucketed, divergence
@@ -184,12 +185,15 @@ class Objective(Speaking[Config]):
         check_vocabulary(self.tokenizer, teacher.vocab_size, "networks.teacher")
         drawn = self.config.on_policy.max_new_tokens if self.config.on_policy else 0
         for name, settings in {"student": student, "teacher": teacher}.items():
+            virtual = virtual_tokens(self._both()[name].adapter)
             limit = getattr(settings, "max_position_embeddings", None)
+            limit = limit and left(limit, virtual)
             wanted = (self.recipe.data.seq_len or 0) + drawn
             if limit and wanted > limit:
                 more = f" + objective.on_policy.max_new_tokens={drawn}" if drawn else ""
                 raise UserError(
-                    f"data.seq_len={self.recipe.data.seq_len}{more}: networks.{name} has {limit} positions. Lower it."
+                    f"data.seq_len={self.recipe.data.seq_len}{more}: networks.{name} has {limit} positions"
+                    f"{beside(virtual)}. Lower it."
                 )
             self._check_layers(name, settings)
         self._widths = (student.hidden_size, teacher.hidden_size)

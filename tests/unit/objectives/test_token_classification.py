@@ -132,3 +132,14 @@ def test_bad_rows_are_named(
     rows = rows_of(tmp_path, {"tokens": ["a"], "tags": ["O"]}, row)
     with pytest.raises(UserError, match=message):
         prepared(tagger(tmp_path, **options), rows, None)
+
+
+def test_virtual_tokens_take_positions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    options = {"type": "token_classification", "tokenizer": {"path": str(tmp_path / "tokenizer")}}
+    adapted = {"model": {"config": BERT, "adapter": {"type": "prompt", "virtual_tokens": 4}}}
+    with pytest.raises(UserError, match=r"data.seq_len=25: the network has 24 positions, .* beside 4 virtual"):
+        prepared(from_recipe(options, adapted, 25), rows_of(tmp_path, *ROWS), None)
+    own = from_recipe(options, adapted, None)
+    batch = whole_batch(prepared(own, rows_of(tmp_path, *ROWS), None).train)
+    assert batch["input_ids"].shape[1] == 24
+    own.evaluate({"model": network(own)}, batch)
