@@ -132,6 +132,11 @@ class Objective(Speaking[Config]):
         if not self.teacher.frozen or self.teacher.source is self.teacher.path is None:
             raise UserError("networks.teacher must have `frozen: true`, and `from` or `path` for its weights")
         self.enriching = config.on_policy is not None
+        if self.enriching and virtual_tokens(self.language.spec.adapter):
+            raise UserError(
+                "objective.on_policy: texts are not drawn from a student whose adapter is a prompt: take another "
+                "networks.student.adapter.type, such as lora, or leave on_policy out."
+            )
         self._projects = "projection" in (recipe.players.get("student", PlayerSpec()).networks or ())
         if self._projects and not config.hidden:
             raise UserError("players.student.networks: `projection` is for objective.hidden, which is not given.")
