@@ -37,12 +37,14 @@ def virtual_tokens(spec: AdapterSpec | None) -> int:
     return (spec.virtual_tokens or 16) if spec is not None and spec.type == "prompt" else 0
 
 
-def left(limit: int, virtual: int) -> int:
-    """Return how long a text may be in a network of so many positions, where virtual tokens come before it.
+def fitting(room: int) -> int:
+    """Return the longest that a text may be in so many positions, so that it fits when it is padded."""
+    return room // MULTIPLE * MULTIPLE or room
 
-    Padded to a multiple of MULTIPLE, it still fits.
-    """
-    return (limit - virtual) // MULTIPLE * MULTIPLE if virtual else limit
+
+def left(limit: int, virtual: int) -> int:
+    """Return how long a text may be in a network of so many positions, where virtual tokens come before it."""
+    return fitting(limit - virtual) if virtual else limit
 
 
 def beside(virtual: int) -> str:

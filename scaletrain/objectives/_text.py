@@ -29,7 +29,7 @@ from scaletrain.data.tokenizers import (
 )
 from scaletrain.errors import UserError
 from scaletrain.explain import decode
-from scaletrain.networks._positions import beside, left, positions, virtual_tokens
+from scaletrain.networks._positions import beside, fitting, left, positions, virtual_tokens
 from scaletrain.networks.build import network_module
 from scaletrain.objectives import base
 from scaletrain.player import Batch, Turn
@@ -176,10 +176,19 @@ class TextObjective(base.Objective[C]):
             module = factory.outline(spec.path, config, torch.float32) if spec.path else factory.build(config)
         return module.config.get_text_config(), module
 
-    def batch_of(self, texts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
-        """Return texts of a request as a batch: input_ids and attention_mask, (B, T)."""
+    def longest(self, network: nn.Module) -> int:
+        """Return how many tokens of a text a network that is there is given; padded, they fit."""
         assert self.tokenizer is not None
-        arrays = [np.asarray(ids) for ids in self.tokenizer(list(texts), truncation=True)["input_ids"]]
+        room = positions(network)
+        bounds = (LONGEST, self.recipe.data.seq_len, int(self.tokenizer.model_max_length), room and fitting(room))
+        return min(bound for bound in bounds if bound)
+
+    def batch_of(self, texts: Sequence[str], network: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return texts of a request as a batch for a network, cut to fit: input_ids and attention_mask, (B, T)."""
+        assert self.tokenizer is not None
+        done = self.tokenizer(list(texts), truncation=True, max_length=self.longest(network))
+        self.tokenizer.backend_tokenizer.no_truncation()  # it stays on otherwise, and would be saved
+        arrays = [np.asarray(ids) for ids in done["input_ids"]]
         padded = {
             "input_ids": pad(arrays, filler(self.tokenizer)),
             "attention_mask": pad([np.ones_like(a) for a in arrays], 0),
