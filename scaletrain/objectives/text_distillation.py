@@ -206,7 +206,8 @@ class Objective(TextObjective[Config]):
             return None
         assert self.classes is not None
         with torch.no_grad():
-            logits = networks["student"](**self.batch_of(request.prompts, networks["student"], request.generator.device)).logits.float()
+            batch = self.batch_of(request.prompts, networks["student"], request.generator.device)
+            logits = networks["student"](**batch).logits.float()
         return classified(logits, self.classes.names, request.prompts)
 
 
