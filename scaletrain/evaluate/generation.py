@@ -11,6 +11,7 @@ from pydantic import Field
 from scaletrain.config import Strict
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import decode
+from scaletrain.networks._positions import positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,7 +58,7 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model)
     new = how.max_new_tokens or min(64, limit // 2 if limit else 64)
     if limit and new >= limit:
         raise UserError(f"sampling.max_new_tokens={new}: the network has {limit} positions in all.")

@@ -21,6 +21,7 @@ from scaletrain.data.sources import open_rows
 from scaletrain.errors import UserError
 from scaletrain.export import plain
 from scaletrain.finished import FinishedStage
+from scaletrain.networks._positions import positions
 from scaletrain.recipe import objective_of
 
 ROWS, POSITIONS = 4, 128
@@ -71,8 +72,8 @@ def probe(run: FinishedStage, network: str, module: Any) -> Probe | None:
     if getattr(module, "get_input_embeddings", lambda: None)() is None:
         return None
     settings = module.config.get_text_config()
-    positions = min(32, getattr(settings, "max_position_embeddings", None) or 32)
-    ids = (torch.arange(ROWS * positions) * 7919 % settings.vocab_size).view(ROWS, positions)
+    length = min(32, positions(module) or 32)
+    ids = (torch.arange(ROWS * length) * 7919 % settings.vocab_size).view(ROWS, length)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if module.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids.clone()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import AdapterSpec
 from scaletrain.errors import UserError, did_you_mean
+from scaletrain.networks._positions import virtual_tokens
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PARTS = ("pissa", "olora")
@@ -145,7 +146,7 @@ def _config(module: nn.Module, spec: AdapterSpec, new_tokens: range) -> Any:
     """Return peft's configuration of a new adapter."""
     import peft
 
-    common: dict[str, Any] = {"task_type": _task(module), "modules_to_save": spec.train_also or None}
+    common: dict[str, Any] = {"task_type": _task(module), "modules_to_save": [*spec.train_also] or None}
     targets: Any = "all-linear" if spec.targets is None else spec.targets
     if new_tokens and spec.type not in _LIKE_LORA:
         raise UserError(f"adapter.type: {spec.type} cannot train the embeddings of new tokens: take lora.")
@@ -161,7 +162,7 @@ def _config(module: nn.Module, spec: AdapterSpec, new_tokens: range) -> Any:
             raise UserError(f"adapter.type: prompt is not for a {type(module).__name__}: take lora.")
         return peft.PromptTuningConfig(
             task_type=common["task_type"],
-            num_virtual_tokens=spec.virtual_tokens or 16,
+            num_virtual_tokens=virtual_tokens(spec),
             prompt_tuning_init="SAMPLE_VOCAB",
         )
     return peft.LoraConfig(

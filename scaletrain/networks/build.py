@@ -19,6 +19,7 @@ from scaletrain.config import NetworkSpec
 from scaletrain.errors import UserError, did_you_mean
 from scaletrain.explain import decode
 from scaletrain.networks._transformers import TransformersConfig, new_tokens
+from scaletrain.networks.quantised import dequantised, is_quantised
 
 
 def network_module(type_: str, key: str) -> ModuleType:
@@ -45,7 +46,7 @@ def build(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Pa
     else:
         if base is not None and spec.adapter.merge:
             raise UserError(f"networks.{name}.adapter.merge is for a network that comes from `path`.")
-        whole = base_of(name, spec) if base is None else base
+        whole = base_of(name, spec) if base is None else unrounded(base)
         if saved:
             module = adapters().load_adapter(whole, saved, spec.adapter)
         else:
@@ -96,7 +97,7 @@ def outline(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: 
     """
     with _without_weights():
         if base is not None and (saved is None or spec.adapter is not None):
-            module = _merged(base) if spec.adapter is None else base
+            module = _merged(base) if spec.adapter is None else unrounded(base)
         else:
             module = _whole(name, spec, None if spec.adapter else saved, empty=True)
         if spec.adapter is not None and not hasattr(module, "peft_config"):
@@ -149,7 +150,9 @@ def unrounded(module: nn.Module) -> nn.Module:
 
 
 def _merged(module: nn.Module) -> nn.Module:
-    """Fold an adapter into the weights, where there is one."""
+    """Fold an adapter into the weights, where there is one; all are then such as can be trained."""
+    if is_quantised(module):
+        module = dequantised(module)
     if not hasattr(module, "peft_config"):
         return unrounded(module).requires_grad_(True)
     whole: nn.Module = module.merge_and_unload()  # type: ignore[operator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,7 +32,12 @@ def check(spec: NetworkSpec, key: str) -> None:
             f"{key}.quantize: weights in {kind} cannot be trained, which full finetuning does: give the network an "
             "`adapter`, or leave `quantize` out."
         )
-    if spec.path is None and spec.source is None:
+    if spec.source is not None:
+        raise UserError(
+            f"{key}.quantize: what comes by `from` is held as it was there. To hold it in {kind}, export that network, "
+            "with --merge if it has an adapter, and give the folder as `path`; or leave `quantize` out."
+        )
+    if spec.path is None:
         raise UserError(f"{key}.quantize is for pretrained weights: give `path`.")
     if spec.adapter is not None and spec.adapter.merge:
         raise UserError(f"{key}.adapter.merge: adapters cannot be folded into weights in {kind}: leave `quantize` out.")
@@ -104,14 +110,35 @@ def _kept(spec: QuantizeSpec, module: nn.Module) -> list[str]:
     ]
 
 
-def dequantised(module: nn.Module) -> nn.Module:
-    """Give a network, in place, plain linear modules with the weights that its quantised ones stand for, in fp32."""
+def is_quantised(module: nn.Module) -> bool:
+    """Say whether some weights of a network, or of what its adapter is over, are quantised."""
+    return any(isinstance(p, Packed) or type(p).__module__.startswith("bitsandbytes.") for p in module.modules())
+
+
+def dequantised(module: Any) -> nn.Module:
+    """Give a network plain linear modules with the weights that its quantised ones stand for, in fp32; used up.
+
+    An adapter goes over the plain modules: those of peft's for quantised ones round again what they merge.
+    """
+    whole = module.get_base_model() if hasattr(module, "peft_config") else module
+    if hasattr(whole, "hf_quantizer"):  # by it, and by these, the libraries would take it for quantised still
+        whole.hf_quantizer.remove_quantization_config(whole)
+        whole.is_loaded_in_4bit = whole.is_loaded_in_8bit = False
+    if whole is not module:
+        from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+        config, held = module.peft_config["default"], get_peft_model_state_dict(module, save_embedding_layers=False)
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right, for GPT-2's Conv1D
+            adapted = get_peft_model(dequantised(module.unload()), config)
+        set_peft_model_state_dict(adapted, held)
+        return adapted
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
     from peft.utils.integrations import dequantize_module_weight
     from transformers.pytorch_utils import Conv1D
 
     for name, part in list(module.named_modules()):
-        if isinstance(part, (Linear4bit, Linear8bitLt)):
+        if isinstance(part, (Linear4bit, Linear8bitLt, Packed)):
             weight = dequantize_module_weight(part).detach().float()
             with torch.device("meta"):
                 turned = getattr(part, "source_cls", nn.Linear) is Conv1D
@@ -132,7 +159,9 @@ def pack(module: nn.Module, spec: QuantizeSpec) -> None:
         if name not in kept:
             weight: Any = part.weight
             inputs, outputs = weight.shape[::-1] if isinstance(part, nn.Linear) else weight.shape  # GPT-2's Conv1D
-            module.set_submodule(name, Packed(inputs, outputs, part.bias, spec))
+            packed = Packed(inputs, outputs, part.bias, spec)
+            packed.source_cls = type(part)  # type: ignore[assignment]  # as transformers notes it
+            module.set_submodule(name, packed)
 
 
 class Packed(nn.Linear):

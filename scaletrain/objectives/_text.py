@@ -29,6 +29,7 @@ from scaletrain.data.tokenizers import (
 )
 from scaletrain.errors import UserError
 from scaletrain.explain import decode
+from scaletrain.networks._positions import beside, fitting, left, positions, virtual_tokens
 from scaletrain.networks.build import network_module
 from scaletrain.objectives import base
 from scaletrain.player import Batch, Turn
@@ -137,16 +138,18 @@ class TextObjective(base.Objective[C]):
         assert self.tokenizer is not None
         key = f"networks.{self.trained}"
         wanted, limit = self.recipe.data.seq_len, int(self.tokenizer.model_max_length)
+        virtual = virtual_tokens(self.spec.adapter)
         if not self.spec.source:
             if not self.spec.path:
                 self._settings = self.known(special_ids(self.tokenizer)) | self._settings
             settings, module = self.outlined()
             check_vocabulary(self.tokenizer, settings.vocab_size, key)
-            limit = min(limit, _positions(module, settings) or limit)
+            if bound := positions(module):
+                limit = min(limit, left(bound, virtual))
             if settings.pad_token_id is None:  # heads over the last token find it by what is no padding
                 self._settings = {**self._settings, "pad_token_id": filler(self.tokenizer)}
         if wanted and wanted > limit:
-            raise UserError(f"data.seq_len={wanted}: the network has {limit} positions. Lower it.")
+            raise UserError(f"data.seq_len={wanted}: the network has {limit} positions{beside(virtual)}. Lower it.")
         if not wanted and limit > LONGEST:
             raise UserError(
                 "data.seq_len is missing: neither the tokenizer nor the network bounds the length of a text."
@@ -173,10 +176,19 @@ class TextObjective(base.Objective[C]):
             module = factory.outline(spec.path, config, torch.float32) if spec.path else factory.build(config)
         return module.config.get_text_config(), module
 
-    def batch_of(self, texts: Sequence[str], device: torch.device) -> dict[str, torch.Tensor]:
-        """Return texts of a request as a batch: input_ids and attention_mask, (B, T)."""
+    def longest(self, network: nn.Module) -> int:
+        """Return how many tokens of a text a network that is there is given; padded, they fit."""
         assert self.tokenizer is not None
-        arrays = [np.asarray(ids) for ids in self.tokenizer(list(texts), truncation=True)["input_ids"]]
+        room = positions(network)
+        bounds = (LONGEST, self.recipe.data.seq_len, int(self.tokenizer.model_max_length), room and fitting(room))
+        return min(bound for bound in bounds if bound)
+
+    def batch_of(self, texts: Sequence[str], network: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+        """Return texts of a request as a batch for a network, cut to fit: input_ids and attention_mask, (B, T)."""
+        assert self.tokenizer is not None
+        done = self.tokenizer(list(texts), truncation=True, max_length=self.longest(network))
+        self.tokenizer.backend_tokenizer.no_truncation()  # it stays on otherwise, and would be saved
+        arrays = [np.asarray(ids) for ids in done["input_ids"]]
         padded = {
             "input_ids": pad(arrays, filler(self.tokenizer)),
             "attention_mask": pad([np.ones_like(a) for a in arrays], 0),
@@ -189,20 +201,6 @@ def _texts(rows: Rows, columns: Sequence[str]) -> Iterator[str]:
     for column in columns:
         for i, value in enumerate(rows.column(rows.require(column, "the text"))):
             yield text(" ".join(map(str, value)) if isinstance(value, (list, tuple)) else value, column, rows.name(i))
-
-
-def _positions(module: nn.Module, settings: Any) -> int | None:
-    """Return how many positions a network has; None where their number has no bound.
-
-    Embeddings of positions that have one for padding count from the place after it.
-    """
-    limit: int | None = getattr(settings, "max_position_embeddings", None)
-    paddings = [
-        m.padding_idx
-        for name, m in module.named_modules()
-        if isinstance(m, nn.Embedding) and name.endswith("position_embeddings") and m.padding_idx is not None
-    ]
-    return limit - max(paddings) - 1 if limit and paddings else limit
 
 
 def say_full(tokens: Tokens, rows: Rows, limit: int) -> None:

@@ -39,6 +39,7 @@ from scaletrain.data.turns import Learn
 from scaletrain.errors import UserError
 from scaletrain.explain import decode
 from scaletrain.networks import heads
+from scaletrain.networks._positions import beside, left, virtual_tokens
 from scaletrain.objectives._generative import Generative, GenerativeConfig
 from scaletrain.objectives.base import Networks
 from scaletrain.player import Batch, Term, Turn
@@ -195,16 +196,17 @@ class Objective(Generative[Config]):
         ).get_text_config()
         check_vocabulary(tokenizer, settings.vocab_size, f"networks.{self.speaker}")
         self.embeddings = settings.vocab_size
-        limit = getattr(settings, "max_position_embeddings", None)
+        limit, virtual = getattr(settings, "max_position_embeddings", None), virtual_tokens(spec.adapter)
         wanted = self.config.sampling.max_new_tokens
-        if limit and wanted and wanted >= limit:
+        if limit and wanted and wanted >= limit - virtual:
             raise UserError(
-                f"objective.sampling.max_new_tokens={wanted}: the network has {limit} positions in all. Lower it."
+                f"objective.sampling.max_new_tokens={wanted}: the network has {limit - virtual} positions in all. "
+                "Lower it."
             )
-        if limit and seq_len > limit:
+        if limit and seq_len > (room := left(limit, virtual)):
             raise UserError(
-                f"data.seq_len={seq_len}: the network has {limit} positions. Lower it, or, for a new network, raise "
-                f"networks.{self.speaker}.config.max_position_embeddings."
+                f"data.seq_len={seq_len}: the network has {room} positions{beside(virtual)}. Lower it, or, for a new "
+                f"network, raise networks.{self.speaker}.config.max_position_embeddings."
             )
 
     def restore(self, folders: Mapping[str, Path]) -> None:

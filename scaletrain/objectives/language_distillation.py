@@ -33,6 +33,7 @@ from scaletrain.errors import UserError
 from scaletrain.evaluation import batch_size
 from scaletrain.explain import decode
 from scaletrain.networks import heads
+from scaletrain.networks._positions import beside, left, virtual_tokens
 from scaletrain.networks._states import States, before_head, reduce_with
 from scaletrain.objectives import causal_lm
 from scaletrain.objectives._divergence import Kind, bucketed, divergence
@@ -131,6 +132,11 @@ class Objective(Speaking[Config]):
         if not self.teacher.frozen or self.teacher.source is self.teacher.path is None:
             raise UserError("networks.teacher must have `frozen: true`, and `from` or `path` for its weights")
         self.enriching = config.on_policy is not None
+        if self.enriching and virtual_tokens(self.language.spec.adapter):
+            raise UserError(
+                "objective.on_policy: texts are not drawn from a student whose adapter is a prompt: take another "
+                "networks.student.adapter.type, such as lora, or leave on_policy out."
+            )
         self._projects = "projection" in (recipe.players.get("student", PlayerSpec()).networks or ())
         if self._projects and not config.hidden:
             raise UserError("players.student.networks: `projection` is for objective.hidden, which is not given.")
@@ -184,12 +190,15 @@ class Objective(Speaking[Config]):
         check_vocabulary(self.tokenizer, teacher.vocab_size, "networks.teacher")
         drawn = self.config.on_policy.max_new_tokens if self.config.on_policy else 0
         for name, settings in {"student": student, "teacher": teacher}.items():
+            virtual = virtual_tokens(self._both()[name].adapter)
             limit = getattr(settings, "max_position_embeddings", None)
+            limit = limit and left(limit, virtual)
             wanted = (self.recipe.data.seq_len or 0) + drawn
             if limit and wanted > limit:
                 more = f" + objective.on_policy.max_new_tokens={drawn}" if drawn else ""
                 raise UserError(
-                    f"data.seq_len={self.recipe.data.seq_len}{more}: networks.{name} has {limit} positions. Lower it."
+                    f"data.seq_len={self.recipe.data.seq_len}{more}: networks.{name} has {limit} positions"
+                    f"{beside(virtual)}. Lower it."
                 )
             self._check_layers(name, settings)
         self._widths = (student.hidden_size, teacher.hidden_size)

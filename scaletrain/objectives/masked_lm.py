@@ -87,7 +87,7 @@ class Objective(TextObjective[Config]):
         if not request.prompts:
             return None
         assert self.tokenizer is not None
-        batch = self.batch_of(request.prompts, request.generator.device)
+        batch = self.batch_of(request.prompts, networks["model"], request.generator.device)
         with torch.no_grad():
             best = networks["model"](**batch).logits.argmax(-1)
         ids = torch.where(batch["input_ids"] == self.tokenizer.mask_token_id, best, batch["input_ids"])

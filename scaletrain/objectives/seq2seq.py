@@ -162,7 +162,7 @@ class Objective(TextObjective[Config]):
         )  # fmt: skip
         texts: list[str] = []
         for first in range(0, len(sources), batch):
-            inputs = self.batch_of(sources[first : first + batch], device)
+            inputs = self.batch_of(sources[first : first + batch], model, device)
             ids = model.generate(**inputs, generation_config=settings)
             texts += self.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)
         return texts

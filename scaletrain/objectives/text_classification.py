@@ -164,7 +164,8 @@ class Objective(TextObjective[Config]):
         assert self.classes is not None
         names = self.classes.names
         with torch.no_grad():
-            logits = networks["model"](**self.batch_of(request.prompts, request.generator.device)).logits.float()
+            batch = self.batch_of(request.prompts, networks["model"], request.generator.device)
+            logits = networks["model"](**batch).logits.float()
         if not self.config.multi_label:
             return classified(logits, names, request.prompts)
         said = [

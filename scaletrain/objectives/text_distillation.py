@@ -23,6 +23,7 @@ from scaletrain.data.formats import Pairs
 from scaletrain.data.text import LabelledTexts
 from scaletrain.data.tokenizers import check_vocabulary, identity, load_tokenizer
 from scaletrain.errors import UserError
+from scaletrain.networks._positions import left, virtual_tokens
 from scaletrain.objectives import base
 from scaletrain.objectives._text import TextConfig, TextObjective, encoded
 from scaletrain.objectives.base import Networks, Request, Samples
@@ -88,7 +89,8 @@ class Objective(TextObjective[Config]):
         self.classes = classes
         length, wanted = self.check_network(), self.recipe.data.seq_len
         check_vocabulary(self.tokenizer, settings.vocab_size, "networks.teacher")
-        limit = getattr(settings, "max_position_embeddings", None) or length
+        limit = getattr(settings, "max_position_embeddings", None)
+        limit = left(limit, virtual_tokens(self.teacher.adapter)) if limit else length
         if wanted and wanted > limit:
             raise UserError(f"data.seq_len={wanted}: the teacher has {limit} positions. Lower it.")
         if self.config.hidden:
@@ -204,7 +206,8 @@ class Objective(TextObjective[Config]):
             return None
         assert self.classes is not None
         with torch.no_grad():
-            logits = networks["student"](**self.batch_of(request.prompts, request.generator.device)).logits.float()
+            batch = self.batch_of(request.prompts, networks["student"], request.generator.device)
+            logits = networks["student"](**batch).logits.float()
         return classified(logits, self.classes.names, request.prompts)
 
 

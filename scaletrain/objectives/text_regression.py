@@ -75,7 +75,8 @@ class Objective(TextObjective[Config]):
         if not request.prompts:
             return None
         with torch.no_grad():
-            found = _predicted(networks, self.batch_of(request.prompts, request.generator.device)).tolist()
+            batch = self.batch_of(request.prompts, networks["model"], request.generator.device)
+            found = _predicted(networks, batch).tolist()
         return Samples(texts=[f"{number:.3f}: {text}" for number, text in zip(found, request.prompts, strict=True)])
 
 

@@ -114,11 +114,10 @@ class Objective(TextObjective[Config]):
             return None
         assert self.tokenizer is not None
         assert self.classes is not None
-        limit = self.recipe.data.seq_len or int(self.tokenizer.model_max_length)
-        fmt, texts = Words(copy.deepcopy(self.tokenizer), limit), [text.split() or [""] for text in request.prompts]
-        done = fmt.encode([texts], request.prompts)
+        model, texts = networks["model"], [text.split() or [""] for text in request.prompts]
+        done = Words(copy.deepcopy(self.tokenizer), self.longest(model)).encode([texts], request.prompts)
         with torch.no_grad():
-            logits = networks["model"](**self.batch_of([" ".join(t) for t in texts], request.generator.device)).logits
+            logits = model(**self.batch_of([" ".join(t) for t in texts], model, request.generator.device)).logits
         told = []
         for words, marks, best in zip(texts, done.marks or [], logits.argmax(-1).tolist(), strict=True):
             tags, word = ["?"] * len(words), -1

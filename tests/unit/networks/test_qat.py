@@ -75,6 +75,17 @@ def test_what_goes_on_from_it_is_plain_again_unless_it_asks() -> None:
     assert torch.equal(logits(build("model", spec(None), fake).eval()), plain)
 
 
+def test_an_adapter_goes_over_the_plain_network(tmp_path: Path) -> None:
+    qat, onward = {"type": "int4", "group": 16}, NetworkSpec.model_validate({**spec(None).model_dump(), "adapter": {}})
+    plain = logits(new(None))
+    found = build("model", onward, new(qat)).eval()
+    torch.testing.assert_close(logits(found), plain)  # a LoRA begins with nothing
+    save(found, onward, tmp_path)
+    torch.testing.assert_close(logits(build("model", onward, new(qat), tmp_path).eval()), plain)
+    hollow = outline("model", onward, outline("model", spec(qat)))
+    assert [type(m) for m in hollow.modules()] == [type(m) for m in found.modules()]
+
+
 @pytest.mark.parametrize("qat", [{"type": "int4", "group": 16}, {"type": "int8"}])
 def test_quantised_it_gives_what_it_gave_in_training(qat: dict[str, Any], tmp_path: Path) -> None:
     fake = new(qat)

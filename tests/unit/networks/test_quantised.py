@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
 
 from scaletrain.config import NetworkSpec
@@ -140,6 +141,8 @@ def test_an_outline_takes_the_bytes_of_the_network(how: Any, type_: str, folder:
         ({"adapter": {"merge": ["a"]}}, r"cannot be folded into weights in nf4"),
         ({"frozen": True, "dtype": "bfloat16"}, r"say networks.model.quantize.compute=bfloat16"),
         ({"frozen": True, "path": None}, r"is for pretrained weights"),
+        ({"frozen": True, "path": None, "from": "run:a/model"}, r"what comes by `from` is held as it was there"),
+        ({"from": "stage:a/model", "adapter": {"type": "loftq"}}, r"export that network"),
         ({"frozen": True, "shard": True}, r"are held whole"),
         ({"quantize": None, "adapter": {"type": "loftq"}}, r"loftq makes up for quantisation"),
         ({"quantize": "int8", "adapter": {"type": "dora"}}, r"take nf4"),
@@ -154,3 +157,41 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
     monkeypatch.setattr("scaletrain.networks.quantised.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'scaletrain\[quant\]'"):
         check(spec_of(folder, "causal_lm", quantize="nf4", frozen=True), "networks.model")
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "adapter"),
+    [
+        ("causal_lm", "nf4", {"type": "lora"}),
+        ("causal_lm", "nf4", {"type": "dora"}),
+        ("gpt2", "int8", {"type": "ia3"}),
+        ("text_classifier", DOUBLE, {"type": "lora", "train_also": ["query"]}),
+        ("causal_lm", "int8", None),
+    ],
+    ids=str,
+)
+def test_what_goes_on_without_the_adapter_is_in_float(
+    name: str, how: Any, adapter: Any, folder: Path, tmp_path: Path
+) -> None:
+    spec = spec_of(folder, name, quantize=how, adapter=adapter, frozen=adapter is None)
+    module = build("model", spec)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    save(module, spec, tmp_path / "adapter")
+    plain = dequantised(build("model", spec_of(folder, name, quantize=how, frozen=True)))
+    if adapter:
+        plain = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    expected = logits(plain.eval())
+    onward = NetworkSpec.model_validate({"type": spec.type, "config": spec.config, "from": "stage:a/model"})
+    hollow = outline("model", onward, outline("model", spec))
+    state = torch.get_rng_state()
+    found = build("model", onward, module)
+    assert torch.equal(torch.get_rng_state(), state)
+    shapes = [{n: (p.shape, p.dtype, p.requires_grad) for n, p in m.named_parameters()} for m in (found, hollow)]
+    assert shapes[0] == shapes[1]
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in found.parameters())
+    torch.testing.assert_close(logits(found.eval()), expected, rtol=1e-4, atol=1e-5)
+    save(found, onward, tmp_path / "whole")
+    assert torch.equal(logits(build("model", onward, None, tmp_path / "whole").eval()), logits(found))

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from scaletrain.assemble import prepare
-from scaletrain.config import Recipe, SourceSpec
+from scaletrain.config import NetworkSpec, Recipe, SourceSpec
 from scaletrain.data.sources import open_rows
 from scaletrain.data.text import IGNORE, Samples, Tokens
 from scaletrain.errors import UserError
+from scaletrain.evaluate.generation import SamplingConfig, generate
 from scaletrain.inspection import inspected
 from scaletrain.networks import causal_lm
+from scaletrain.networks.build import build, save
 from scaletrain.objectives.base import Request
 from scaletrain.objectives.causal_lm import Config, Objective, check_attention, forward, sample_lengths
 from tests.unit.objectives.prepared import prepared
@@ -30,6 +32,7 @@ ARCHITECTURES = {
     "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 8, "num_key_value_heads": 1},
     "mistral": {**LLAMA, "model_type": "mistral", "sliding_window": 4, "num_key_value_heads": 1},
 }
+PROMPT = {"type": "prompt", "virtual_tokens": 4}
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +245,8 @@ def test_a_new_network_takes_the_tokenizer_s_figures(tmp_path: Path) -> None:
         ({}, {"config": LLAMA}, {"seq_len": 65}, "data.seq_len=65: the network has 64 positions"),
         ({}, {"config": {**LLAMA, "vocab_size": 269}}, {}, "tokenizer has 270 tokens, the network embeds 269"),
         ({"format": "chat"}, {}, {}, "no column `messages`"),
+        ({}, {"config": LLAMA, "adapter": PROMPT}, {"seq_len": 57}, "has 56 positions, .* beside 4 virtual tokens"),
+        ({"sampling": {"max_new_tokens": 60}}, {"config": LLAMA, "adapter": PROMPT}, {}, "has 60 positions in all"),
     ],
 )
 def test_bad_settings(options: Any, network_spec: Any, data: Any, message: str, tmp_path: Path) -> None:
@@ -279,6 +284,24 @@ def test_samples_are_a_function_of_the_generator(tmp_path: Path) -> None:
     assert all(t.startswith("the mat") for t in texts(1, prompts=("the mat",)))
     with pytest.raises(UserError, match=r"`temprature`.*`temperature`"):
         texts(1, options={"temprature": 1})
+
+
+def test_virtual_tokens_take_positions_of_what_is_sampled(tmp_path: Path) -> None:
+    spec = NetworkSpec.model_validate(
+        {"type": "causal_lm", "config": ARCHITECTURES["gpt2"], "adapter": {"type": "prompt", "virtual_tokens": 4}}
+    )
+    model: Any = build("model", spec).eval()
+    save(model, spec, tmp_path)
+    going_on = {"config": ARCHITECTURES["gpt2"], "adapter": {"path": str(tmp_path)}}
+    own, rows = objective(network=going_on, seq_len=57), rows_of(tmp_path, {"text": "the cat sat on the mat " * 9})
+    with pytest.raises(UserError, match="56 positions, in multiples of 8, beside 4 virtual"):
+        prepared(own, rows, None)
+    how = SamplingConfig(max_new_tokens=8, temperature=0.0)
+    (long, short) = generate(model, [list(range(64)), list(range(12, 64))], how, torch.Generator(), 0, [])
+    assert len(long) == 8
+    assert long == short  # the beginning goes: 60 positions less 8
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 60, dtype=torch.long))
 
 
 def test_greedy_samples_equal_the_most_likely_tokens(tmp_path: Path) -> None:

@@ -393,6 +393,7 @@ def test_accumulation_changes_nothing(options: dict[str, Any], folders: Path, tm
         ({"hidden": {"layers": {1: 2}}}, {"student": {"path": "narrow"}}, r"8 wide .* 16: train a projection"),
         ({"cache": {"top_k": 99}}, {}, r"objective.cache.top_k: there are 13 tokens"),
         ({"on_policy": {"share": 0.5, "max_new_tokens": 60}}, {}, r"max_new_tokens=60: networks.student has 64"),
+        ({"on_policy": 1}, {"student": {"path": "student", "adapter": {"type": "prompt"}}}, r"adapter is a prompt"),
     ],
 )
 def test_what_does_not_fit_is_refused(

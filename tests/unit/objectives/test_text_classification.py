@@ -149,6 +149,15 @@ def test_it_learns_and_is_restored(tmp_path: Path) -> None:
     assert again.sample({"model": loaded}, Request(2, torch.Generator())) is None
 
 
+def test_long_texts_of_a_request_are_cut_to_the_network(tmp_path: Path) -> None:
+    own = objective(seq_len=24)
+    prepared(own, rows_of(tmp_path, *ROWS), None)
+    module = text_classifier.build(text_classifier.Config(**own.networks()["model"].config)).eval()
+    cut = own.batch_of(["the cat sat " * 40], module, torch.device("cpu"))["input_ids"]
+    assert cut.shape == (1, 24)
+    assert own.sample({"model": module}, Request(1, torch.Generator(), ("the cat sat " * 40,))) is not None
+
+
 @pytest.mark.parametrize(
     ("options", "train", "held", "message"),
     [

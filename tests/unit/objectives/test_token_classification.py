@@ -132,3 +132,26 @@ def test_bad_rows_are_named(
     rows = rows_of(tmp_path, {"tokens": ["a"], "tags": ["O"]}, row)
     with pytest.raises(UserError, match=message):
         prepared(tagger(tmp_path, **options), rows, None)
+
+
+def test_virtual_tokens_take_positions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    options = {"type": "token_classification", "tokenizer": {"path": str(tmp_path / "tokenizer")}}
+    adapted = {"model": {"config": BERT, "adapter": {"type": "prompt", "virtual_tokens": 4}}}
+    with pytest.raises(UserError, match=r"data.seq_len=25: the network has 24 positions, .* beside 4 virtual"):
+        prepared(from_recipe(options, adapted, 25), rows_of(tmp_path, *ROWS), None)
+    own = from_recipe(options, adapted, None)
+    batch = whole_batch(prepared(own, rows_of(tmp_path, *ROWS), None).train)
+    assert batch["input_ids"].shape[1] == 24
+    own.evaluate({"model": network(own)}, batch)
+
+
+def test_long_texts_of_a_request_are_cut_to_the_network(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    options = {"type": "token_classification", "tokenizer": {"path": str(tmp_path / "tokenizer")}}
+    own = from_recipe(options, {"model": {"config": BERT}}, None)
+    prepared(own, rows_of(tmp_path, *ROWS), None)
+    found = own.sample({"model": network(own)}, Request(1, torch.Generator(), ("a " * 60,)))
+    assert found is not None
+    tags = [word.partition("/")[2] for word in (found.texts or [""])[0].split(" ")]
+    assert ("?" in tags[:30], set(tags[30:])) == (False, {"?"})  # with [CLS] and [SEP] they fill 32 positions
+    own.save_assets("model", tmp_path / "saved")
+    assert len(PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")("a " * 60)["input_ids"]) == 62
