@@ -240,9 +240,12 @@ class Objective(Speaking[Config]):
         return found.get_text_config()
 
     def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
-        """Tokenise, mask, and cut or pack to `data.seq_len`. Raises UserError that names the row."""
+        """Tokenise, mask, and cut or pack to `data.seq_len`. Raises UserError that names the row.
+
+        Of a window, nothing that the teacher says is kept.
+        """
         found = self.language.examples(rows, training, window)
-        if self.config.cache is None:
+        if self.config.cache is None or window:
             return found
         about = (
             self.teacher.model_dump(exclude={"path", "source", "shard"}),

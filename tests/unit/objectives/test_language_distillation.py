@@ -17,7 +17,8 @@ from scaletrain.config import Recipe, SourceSpec
 from scaletrain.data.sources import open_rows
 from scaletrain.data.text import IGNORE
 from scaletrain.errors import UserError
-from scaletrain.finished import evaluate
+from scaletrain.export import gate
+from scaletrain.finished import FinishedStage, evaluate
 from scaletrain.networks import causal_lm, heads, projection
 from scaletrain.objectives._divergence import divergence
 from scaletrain.objectives._on_policy import batch_of, continued, prompts_of
@@ -303,6 +304,10 @@ def test_a_run_teaches_another_which_is_evaluated_afterwards(
     found, _ = evaluate(folder)
     assert {"loss", "agreement", "perplexity"} <= found.keys()
     assert found == {name: pytest.approx(last[-1][name], rel=1e-6) for name in found}
+    probe = gate.probe(FinishedStage.open(folder), "student", None)
+    assert probe is not None
+    assert probe.source == "rows of the run's data"
+    assert len(probe.inputs["input_ids"]) == gate.ROWS
 
 
 @pytest.mark.parametrize("packing", [False, True])
