@@ -57,8 +57,11 @@ class FinishedStage:
         if type(self.objective).judge is Objective.judge:
             raise UserError(f"--generate: `{spec.type}` generates no answers; leave it out.")
         judge = {**(spec.options.get("judge") or {}), "rows": rows}
-        changed = spec.model_validate({**spec.model_dump(), "judge": judge})
-        stage = Stage(self.stage.name, self.stage.recipe.model_copy(update={"objective": changed}))
+        return self.under(objective=spec.model_validate({**spec.model_dump(), "judge": judge}))
+
+    def under(self, **changes: Any) -> FinishedStage:
+        """Return the same under a recipe of which these keys differ. Its objective is not restored."""
+        stage = Stage(self.stage.name, self.stage.recipe.model_copy(update=changes))
         return replace(self, stage=stage, objective=objective_of(stage.recipe))
 
     def restore(self) -> None:

@@ -14,7 +14,7 @@ import torch
 from scaletrain.data.chats import text
 from scaletrain.data.dataset import Dataset, Example
 from scaletrain.data.formats import Encoded, Format
-from scaletrain.data.text import IGNORE, Tokens, pad
+from scaletrain.data.text import IGNORE, Ints, Tokens, pad
 from scaletrain.data.tokenizers import end_of_text
 from scaletrain.errors import UserError
 
@@ -81,6 +81,10 @@ class ExchangedTexts(Dataset):
 
     def __len__(self) -> int:
         return len(self.tokens.lengths)
+
+    def lengths(self, indices: Ints) -> Ints:
+        """Return the tokens of sources and targets together."""
+        return self.tokens.offsets[indices + 1] - self.tokens.offsets[indices]
 
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """Return row `index`."""

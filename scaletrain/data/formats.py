@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from scaletrain.data.chats import READERS, Conversation, text
 from scaletrain.data.tokenizers import end_of_text, ensure_chat_template, leading, pieces
-from scaletrain.data.turns import Learn, Template
+from scaletrain.data.turns import Learn, Template, day_of
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def language_format(
     """Return the format of a causal language model's data.
 
     learn: the format's own by default. rows: those to read, which may have more columns than are needed. Raises
-    UserError when the format has no such part to learn.
+    UserError when the format has no such part to learn, or the chat template's options are none.
     """
     learn = learn or LEARN[name][0]
     if learn not in LEARN[name]:
@@ -166,6 +166,7 @@ def language_format(
     if name == "completion":
         return Completions(tokenizer, learn)
     ensure_chat_template(tokenizer)
+    day_of(template_options or {})
     return Chats(tokenizer, learn, name, columns(rows, name) if rows else ROLES[name], template_options or {})
 
 

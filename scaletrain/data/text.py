@@ -145,6 +145,10 @@ class LanguageDataset(Dataset):
         """Return how many positions each example takes: (len(self),)."""
 
     @abstractmethod
+    def layout(self) -> tuple[Ints, ...]:
+        """Return what says, with the tokens and `seq_len`, which places each example is made of."""
+
+    @abstractmethod
     def at(self, index: int) -> Example:
         """Return example `index`; nothing in it is random."""
 
@@ -193,6 +197,10 @@ class Blocks(LanguageDataset):
     def sizes(self) -> Ints:
         """Return `seq_len` but for the last."""
         return np.diff(np.minimum(np.arange(self._blocks + 1) * self.seq_len, self._places))
+
+    def layout(self) -> tuple[Ints, ...]:
+        """Return nothing: blocks follow one another."""
+        return ()
 
     def at(self, index: int) -> Example:
         """Return block `index`."""
@@ -246,6 +254,10 @@ class Samples(LanguageDataset):
     def sizes(self) -> Ints:
         """Return the positions of each pack, or row."""
         return np.diff(np.concatenate([[0], self._places[self._order].cumsum()])[self._starts])
+
+    def layout(self) -> tuple[Ints, ...]:
+        """Return the rows of all examples, and where each example begins among them."""
+        return self._order, self._starts
 
     def _members(self, index: int) -> Ints:
         """Return the rows of example `index`."""

@@ -176,7 +176,15 @@ def read_chat_template(path: str) -> str:
 
 
 def ensure_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Give a tokenizer that has no chat template one in the manner of ChatML, and say so."""
+    """Give a tokenizer that has no chat template one in the manner of ChatML, and say so.
+
+    Raises UserError where it has several and none of them is for all conversations.
+    """
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer has several chat templates ({', '.join(sorted(tokenizer.chat_template))}), and none is "
+            "its `default`: put the one to use into a file, and give that as objective.chat_template."
+        )
     if tokenizer.chat_template is None:
         end_of_text(tokenizer)
         tokenizer.chat_template = CHATML

@@ -16,6 +16,7 @@ import torch
 
 from scaletrain.data.cache import cache_root, cached, content_key
 from scaletrain.data.dataset import Dataset, Example
+from scaletrain.data.order import Int
 from scaletrain.data.text import LanguageDataset
 from scaletrain.errors import UserError
 
@@ -110,6 +111,10 @@ class WithTopK(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def lengths(self, indices: Int) -> Int | None:
+        """Return those of the data set."""
+        return self.dataset.lengths(indices)
+
     def example(self, index: int, rng: np.random.Generator) -> Example:
         """Return the example, with what the teacher says of it."""
         ids, logs = self.kept.of(index)
@@ -132,12 +137,10 @@ def _name(part: int) -> str:
 
 
 def _content(dataset: LanguageDataset) -> str:
-    """Hash the examples: all tokens and what is learned of them; and some examples, as they are cut and packed."""
+    """Hash the examples: all tokens, what is learned of them, and how they are cut and packed."""
     digest = hashlib.sha256()
-    for array in dataset.tokens:
+    for array in (*dataset.tokens, *dataset.layout()):
         if array is not None:
             digest.update(np.ascontiguousarray(array).data)
-    for index in np.linspace(0, len(dataset) - 1, min(len(dataset), 64)).astype(int).tolist():
-        for name, value in sorted(dataset.at(index).items()):
-            digest.update(f"{name} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
-    return content_key(digest.hexdigest(), type(dataset).__name__, len(dataset))
+    shapes = type(dataset).__name__, len(dataset), dataset.seq_len, dataset.packed
+    return content_key(digest.hexdigest(), *shapes)

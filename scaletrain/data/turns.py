@@ -11,10 +11,14 @@ mark that no text has, and what stays the same before and after them tells where
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import datetime
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, final
 
 from scaletrain.data.chats import Conversation, Message, answers
@@ -22,6 +26,8 @@ from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger("scaletrain")
 
 Learn = Literal["completion", "assistant", "last", "all"]
 """Which turns of a conversation are learned. completion: those of the assistant after what is given."""
@@ -33,33 +39,73 @@ MARK = "\ue0f5\uf8a1\ue3c7"
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
+TODAY = "strftime_now"
+"""What templates call for the date, and the key of `template_options` that says which day it is."""
+DAY = "2024-07-26"
+"""That day, if none is given: the one that Llama's templates fall back to."""
+_DAY: ContextVar[datetime | None] = ContextVar("_DAY", default=None)
+
+
 class _Unclear(Exception):
     """The turn cannot be told from the rest of the text."""
+
+
+def day_of(options: Mapping[str, Any]) -> datetime:
+    """Return the day that templates take for today. Raises UserError when it is none."""
+    try:
+        return datetime.fromisoformat(str(options.get(TODAY, DAY)))
+    except ValueError as error:
+        raise UserError(f"objective.template_options.{TODAY}: {error}: give a date, as {DAY}.") from error
+
+
+def _strftime_now(format: str) -> str:
+    """Write the date: that of our rendering, and today's where others render."""
+    day = _DAY.get()
+    if day is None:
+        return datetime.now().strftime(format)
+    _say(day)
+    return day.strftime(format)
+
+
+@cache
+def _say(day: datetime) -> None:
+    log.info("the chat template writes the date: it is always %s (objective.template_options.%s)", day.date(), TODAY)
+
+
+@cache
+def _marks(template: str) -> bool:
+    """Say whether a template marks what the assistant says."""
+    return bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
 
 
 @final
 @dataclass(frozen=True)
 class Template:
-    """The chat template of a tokenizer. options: values that it is given beside the conversation."""
+    """The chat template of a tokenizer.
+
+    options: values that it is given beside the conversation; `strftime_now` is the day that it takes for today.
+    """
 
     tokenizer: PreTrainedTokenizerFast
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> str:
         """Write messages out; prompt: and what asks for the assistant's turn. Raises what the template raises."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
+        with self._dated(tools):
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **self._values
+                )
             )
-        )
 
     def ids(self, chat: Conversation) -> list[int]:
         """Return the tokens that the tokenizer itself makes of a conversation that can be told."""
 
         def of(chat: Conversation) -> list[int]:
-            done: Any = self.tokenizer.apply_chat_template(
-                chat.messages, tools=list(chat.tools or ()) or None, tokenize=True, return_dict=True, **self.options
-            )
+            with self._dated(chat.tools):
+                done: Any = self.tokenizer.apply_chat_template(
+                    chat.messages, tools=chat.tools, tokenize=True, return_dict=True, **self._values
+                )
             return list(done["input_ids"])
 
         try:
@@ -73,7 +119,7 @@ class Template:
         learn: of a turn that says nothing, nothing. name: where the row stands. Raises UserError that names it, with
         the template's own reason where it refuses.
         """
-        marked = self._marked and learn != "all"
+        marked = learn != "all" and _marks(self._source(chat.tools))
         try:
             text, spans = self._written(chat, marked)
         except Exception as error:  # templates raise what they like
@@ -107,10 +153,28 @@ class Template:
                     ) from None
         return text, found
 
+    def _source(self, tools: Any) -> str:
+        """Return the text of the template: a tokenizer may have one of its own for conversations with tools."""
+        found: str = self.tokenizer.get_chat_template(tools=tools)
+        return found
+
     @cached_property
-    def _marked(self) -> bool:
-        template: str = self.tokenizer.get_chat_template()
-        return bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
+    def _values(self) -> dict[str, Any]:
+        """What the template is given by name."""
+        return {name: value for name, value in self.options.items() if name != TODAY}
+
+    @contextmanager
+    def _dated(self, tools: Any) -> Iterator[None]:
+        """Let the template take the same day for today, whenever it is asked: tokens are a function of the row."""
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        # What is passed by name can be no function, so it stands among what this template finds by itself.
+        _compile_jinja_template(self._source(tools)).globals[TODAY] = _strftime_now
+        token = _DAY.set(day_of(self.options))
+        try:
+            yield
+        finally:
+            _DAY.reset(token)
 
     @cached_property
     def _ends(self) -> re.Pattern[str]:
@@ -135,13 +199,14 @@ class Template:
             return self.write(chat.messages, chat.tools), []
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        written: Any = render_jinja_template(
-            conversations=[chat.messages],
-            tools=list(chat.tools or ()) or None,
-            chat_template=self.tokenizer.get_chat_template(tools=chat.tools),
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **self.options},
-        )
+        with self._dated(chat.tools):
+            written: Any = render_jinja_template(
+                conversations=[chat.messages],
+                tools=chat.tools,
+                chat_template=self._source(chat.tools),
+                return_assistant_tokens_mask=True,
+                **{**self.tokenizer.special_tokens_map, **self._values},
+            )
         (text,), (marks,) = written
         return text, [self._to_the_end(text, a, b) for a, b in marks]
 

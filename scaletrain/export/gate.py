@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,8 @@ from scaletrain.errors import UserError
 from scaletrain.export import plain
 from scaletrain.finished import FinishedStage
 from scaletrain.networks._positions import positions
-from scaletrain.recipe import objective_of
+
+log = logging.getLogger("scaletrain")
 
 ROWS, POSITIONS = 4, 128
 """How many rows are compared, and how many of their positions."""
@@ -85,8 +87,9 @@ def _rows(run: FinishedStage, network: str) -> dict[str, torch.Tensor] | None:
     spec = run.stage.recipe.data
     sources = [source.model_copy(update={"weight": None}) for source in spec.eval or spec.train]
     data = spec.model_copy(update={"train": sources, "eval": None, "holdout": 0.0, "packing": False})
-    objective = objective_of(run.stage.recipe.model_copy(update={"data": data}))
-    objective.restore({p.name: p for p in (run.checkpoint / "networks").iterdir()})
+    reading = run.under(data=data)
+    reading.restore()
+    objective = reading.objective
     try:
         rows = open_rows(sources).sample(ROWS)
         objective.prepare(rows, None)
@@ -95,7 +98,8 @@ def _rows(run: FinishedStage, network: str) -> dict[str, torch.Tensor] | None:
             return None
         indices = range(min(ROWS, len(examples)))
         return objective.inputs(network, examples.batch(indices, np.arange(len(indices), dtype=np.uint64)))
-    except (UserError, OSError):
+    except (UserError, OSError) as error:
+        log.warning("`%s` is not compared on rows of the run's data: %s", network, error)
         return None
 
 

@@ -30,7 +30,7 @@ def reduce_with(
     if not states:
         return reduce(model, inputs, learned, reduction, others), {}
     asked: dict[str, Any] = {"use_cache": False, **{f"output_{name}": True for name in states}}
-    if takes_reduction(model):
+    if takes_reduction(model, inputs):
         found: tuple[Tensor, States] = model(**inputs, **asked, learned=learned, reduction=reduction, others=others)
         return found
     output = model(**inputs, **asked)
@@ -48,7 +48,7 @@ def before_head(
     states; where the network takes no reduction, or holds its matrix in parts (FSDP2, ZeRO-3), the logits themselves.
     """
     asked = {f"output_{name}": True for name in states}
-    head = _plain(model.get_output_embeddings()) if takes_reduction(model) else None  # type: ignore[operator]
+    head = _plain(model.get_output_embeddings()) if takes_reduction(model, inputs) else None  # type: ignore[operator]
     if head is None or type(head.weight) is not nn.Parameter or not head.weight.numel():
         output = model(**inputs, use_cache=False, **asked)
         logits = output.logits.flatten(0, 1).index_select(0, learned)

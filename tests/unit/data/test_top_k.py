@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scaletrain.data.mixture import Mixture, Shares
-from scaletrain.data.text import IGNORE, Blocks, LanguageDataset, Tokens
+from scaletrain.data.text import IGNORE, Blocks, LanguageDataset, Samples, Tokens
 from scaletrain.data.top_k import CALLS, TopK, WithTopK
 from scaletrain.errors import UserError
 
@@ -82,3 +82,34 @@ def test_other_content_is_kept_elsewhere() -> None:
     assert TopK(blocks(10), 2, "a teacher").missing() == []
     assert TopK(blocks(10, seed=1), 2, "a teacher").missing()
     assert TopK(blocks(10), 2, "another teacher").missing()
+
+
+def samples(seq_len: int, packed: bool = False) -> Samples:
+    """100 rows of 5 places, but for one of 30, which is far from every row that a sample of 64 would look at."""
+    lengths = np.full(100, 6)
+    lengths[2] = 31
+    ids = np.random.default_rng(0).integers(0, 50, int(lengths.sum())).astype(np.uint16)
+    rows: Any = range(100)  # counted, for what is said of the data
+    return Samples(Tokens(ids, None, np.concatenate([[0], lengths.cumsum()])), rows, seq_len, fill=0, packed=packed)
+
+
+def test_rows_cut_or_packed_in_another_way_are_kept_elsewhere() -> None:
+    def kind(dataset: LanguageDataset) -> str:
+        return TopK(dataset, 2, "a teacher")._kind
+
+    assert kind(samples(20)) == kind(samples(20))
+    assert kind(samples(20)) != kind(samples(30))
+    packs, others = samples(30, packed=True), samples(30, packed=True)
+    assert kind(packs) == kind(others) != kind(samples(30))
+    others._order = others._order.copy()
+    others._order[7:9] = others._order[[8, 7]]
+    assert kind(packs) != kind(others)
+
+
+def test_it_is_as_long_as_its_data_set() -> None:
+    dataset, every = samples(20), np.arange(100)
+    found = WithTopK(dataset, TopK(dataset, 2, "a teacher")).lengths(every)
+    assert found is not None
+    assert found.tolist() == dataset.sizes().tolist()
+    packs = samples(30, packed=True)
+    assert WithTopK(packs, TopK(packs, 2, "a teacher")).lengths(every[:2]) is None

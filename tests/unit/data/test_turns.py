@@ -3,12 +3,14 @@
 The parts that are learned are spelled out by hand; the tokens are those that the tokenizer itself makes.
 """
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from scaletrain.data import turns
 from scaletrain.data.formats import Chats, language_format
 from scaletrain.data.turns import Learn
 from scaletrain.errors import UserError
@@ -242,3 +244,49 @@ def test_a_tokenizer_without_padding_or_a_template() -> None:
     assert isinstance(fmt, Chats)
     assert learned(fmt, messages=TWO) == ["First.</s>", "<i>Second.</i></s>"]
     assert tokenizer.decode(fmt.prompt("One?")) == "<|im_start|>user\nOne?</s>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_the_date_is_the_same_on_every_day(marked: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Ours, and what the tokenizer itself makes of rows; who asks the tokenizer beside us is told today's."""
+    written = (TEMPLATES / ("marked.jinja" if marked else "qwen25.jinja")).read_text()
+    template = "{{ strftime_now('%d %b %Y') }}\n" + written
+    own = language_format("chat", tokenizer_of(template, SPECIAL["qwen25"]))
+    assert isinstance(own, Chats)
+    row = {"messages": [user("Hi"), {"role": "assistant", "content": "Hello"}]}
+    caplog.set_level("INFO")
+    turns._say.cache_clear()
+    for _ in range(2):
+        assert learned(own, **row) == ["Hello<|im_end|>"]
+    for options, day in [({}, "26 Jul 2024"), ({"strftime_now": "2031-12-01"}, "01 Dec 2031")]:
+        fmt = Chats(own.tokenizer, "assistant", "chat", ("messages",), options)
+        assert own.tokenizer.decode(fmt.encode([[row["messages"]]], ["row 0"]).ids[0]).startswith(day)
+        assert own.tokenizer.decode(fmt.prompt("Hi")).startswith(day)
+    assert caplog.text.count("it is always 2024-07-26") == 1
+    today = datetime.now()
+    assert own.tokenizer.apply_chat_template(row["messages"], tokenize=False)[:11] == today.strftime("%d %b %Y")
+
+
+def test_a_day_that_is_none_is_refused() -> None:
+    with pytest.raises(UserError, match=r"objective.template_options.strftime_now: .*'soon'.* give a date"):
+        language_format("chat", tokenizer_like("qwen25"), None, {"strftime_now": "soon"})
+
+
+def test_a_template_of_its_own_for_tools_is_looked_at() -> None:
+    """What is marked is told by the template that is written with."""
+    marked = (TEMPLATES / "marked.jinja").read_text()
+    plain = (TEMPLATES / "qwen25.jinja").read_text().replace("<|im_start|>user", "<|im_start|> user")
+    row = {"messages": [user("Hi"), {"role": "assistant", "content": "Hello"}]}
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+    for default, tool_use in [(plain, marked), (marked, plain)]:
+        fmt = Chats(tokenizer_of("", SPECIAL["marked"]), "assistant", "chat", ("messages", "tools"))
+        fmt.tokenizer.chat_template = {"default": default, "tool_use": tool_use}
+        assert learned(fmt, **row) == ["Hello<|im_end|>"]
+        assert learned(fmt, **row, tools=tools) == ["Hello<|im_end|>"]
+
+
+def test_several_templates_need_one_for_all_conversations() -> None:
+    tokenizer = tokenizer_like("qwen25")
+    tokenizer.chat_template = {"tool_use": tokenizer.chat_template, "rag": tokenizer.chat_template}
+    with pytest.raises(UserError, match=r"several chat templates \(rag, tool_use\), and none is its `default`"):
+        language_format("chat", tokenizer)

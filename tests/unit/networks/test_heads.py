@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import AdapterSpec
 from scaletrain.networks import causal_lm, heads
+from scaletrain.networks._states import before_head, reduce_with
 from scaletrain.networks.adapters import add_adapter
 from scaletrain.networks.heads import CrossEntropy, Head, judged, reduce, takes_reduction
 
@@ -218,6 +219,34 @@ def test_a_network_with_a_way_of_its_own_is_found_out(caplog: pytest.LogCaptureF
     assert torch.equal(torch.get_rng_state(), state)
     expected = by_autograd(model(input_ids=IDS).logits.flatten(0, 1)[LEARNED], targets)
     assert float(sums.detach()[0]) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"model_type": "bert", "is_decoder": True},
+        {"model_type": "recurrent_gemma", "logits_soft_cap": 2.0, "num_hidden_layers": 3, "use_cache": False},
+    ],
+)
+def test_distillation_finds_it_out_too(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """A head with layers before its matrix, and one whose logits are capped under a name of its own."""
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 32, **SIZES} if options else LLAMA
+    own = causal_lm.build(causal_lm.Config(**{**sizes, **options})).eval()
+    with torch.no_grad():
+        for p in own.parameters():
+            p.normal_(0, 0.5)
+    models = [heads.reducing(copy.deepcopy(own)) for _ in range(2)]
+    expected = own(input_ids=IDS).logits.flatten(0, 1)[LEARNED].detach()
+    with torch.no_grad():
+        values, logits_of, _ = before_head(models[0], {"input_ids": IDS}, LEARNED)
+        torch.testing.assert_close(logits_of(values), expected)
+    targets = IDS.flatten()[LEARNED]
+    sums, states = reduce_with(models[1], {"input_ids": IDS}, LEARNED, judged, [targets], ["hidden_states"])
+    torch.testing.assert_close(sums.detach(), judged(expected, targets))
+    assert len(states["hidden_states"]) > SIZES["num_hidden_layers"]
+    assert caplog.text.count("makes logits in a way of its own") == 2 * bool(options)
 
 
 def adapted(**options: Any) -> Any:

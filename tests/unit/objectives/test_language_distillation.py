@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from scaletrain.checkpoint.layout import FORMAT
 from scaletrain.config import Recipe, SourceSpec
 from scaletrain.data.sources import open_rows
 from scaletrain.data.text import IGNORE
 from scaletrain.errors import UserError
-from scaletrain.finished import evaluate
+from scaletrain.export import gate
+from scaletrain.finished import FinishedStage, evaluate
 from scaletrain.networks import causal_lm, heads, projection
 from scaletrain.objectives._divergence import divergence
 from scaletrain.objectives._on_policy import batch_of, continued, prompts_of
@@ -271,6 +274,43 @@ def test_another_teacher_or_other_data_ask_anew(folders: Path, tmp_path: Path) -
     assert not missing()
 
 
+def write_adapter(folder: Path, scale: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"lora_B.weight": torch.full((2, 2), scale)}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("adapter", [{"path": "adapter"}, {"merge": ["adapter"]}])
+def test_a_teacher_s_adapter_is_part_of_its_weights(adapter: dict[str, Any], folders: Path, tmp_path: Path) -> None:
+    place = str(tmp_path / "adapter")
+    own = {key: place if value == "adapter" else [place] for key, value in adapter.items()}
+    teacher = {"path": str(folders / "teacher"), "frozen": True, "adapter": own}
+
+    def fingerprint() -> str:
+        return objective(folders, {"cache": {}}, networks={"teacher": teacher})._fingerprint()
+
+    write_adapter(tmp_path / "adapter", 1.0)
+    before = fingerprint()
+    assert fingerprint() == before
+    write_adapter(tmp_path / "adapter", 2.0)
+    assert fingerprint() != before
+
+
+def test_what_a_finished_adapter_goes_over_is_part_of_a_teacher_s_weights(folders: Path, tmp_path: Path) -> None:
+    checkpoint, base, merged = tmp_path / "first" / "step-00000002", tmp_path / "base", tmp_path / "merged"
+    spec = {"type": "causal_lm", "path": str(base), "adapter": {"type": "lora", "merge": [str(merged)]}}
+    write_adapter(checkpoint / "networks" / "model", 1.0)
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": FORMAT, "networks": {"model": spec}}))
+    found = set()
+    for weights, adapter in [(1.0, 1.0), (2.0, 1.0), (2.0, 2.0)]:
+        write_adapter(base, weights)
+        write_adapter(merged, adapter)
+        teacher = {"from": f"run:{tmp_path / 'first'}/model", "frozen": True}
+        own = objective(folders, {"cache": {}}, networks={"teacher": teacher})
+        own.restore({"teacher": checkpoint / "networks" / "model"})
+        found.add(own._fingerprint())
+    assert len(found) == 3
+
+
 def test_the_second_start_builds_no_teacher(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[str] = []
     load = causal_lm.load
@@ -303,6 +343,10 @@ def test_a_run_teaches_another_which_is_evaluated_afterwards(
     found, _ = evaluate(folder)
     assert {"loss", "agreement", "perplexity"} <= found.keys()
     assert found == {name: pytest.approx(last[-1][name], rel=1e-6) for name in found}
+    probe = gate.probe(FinishedStage.open(folder), "student", None)
+    assert probe is not None
+    assert probe.source == "rows of the run's data"
+    assert len(probe.inputs["input_ids"]) == gate.ROWS
 
 
 @pytest.mark.parametrize("packing", [False, True])

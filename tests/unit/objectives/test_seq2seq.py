@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,14 @@ def test_it_learns_is_restored_and_writes(config: dict[str, Any], tmp_path: Path
     assert again.sample({"model": loaded}, Request(2, torch.Generator())) is None
     sampled = own.sample({"model": loaded}, Request(2, torch.Generator()))
     assert [text.split(" → ")[0] for text in sampled.texts] == ["abc", "bca"]
+
+
+def test_rows_tell_how_long_they_are(tmp_path: Path) -> None:
+    data = prepared(writer(BART), rows_of(tmp_path, *ROWS), None).train
+    found = data.lengths(np.array([11, 0, 5]))
+    examples = [data.example(i, np.random.default_rng()) for i in (11, 0, 5)]
+    assert found is not None
+    assert found.tolist() == [len(e["input_ids"]) + len(e["labels"]) for e in examples]
 
 
 def test_targets_are_cut_before_their_end(tmp_path: Path) -> None:

@@ -7,8 +7,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
+from scaletrain.config import Recipe
 from scaletrain.errors import UserError
+from scaletrain.export import gate
+from scaletrain.finished import FinishedStage
 from scaletrain.networks.build import build
+from scaletrain.runs import train
 from tests.recipes.tiny import make_networks
 from tests.unit.objectives.prepared import prepared
 from tests.unit.objectives.texts import from_recipe, network, rows_of, whole_batch
@@ -144,3 +148,29 @@ def test_a_student_of_other_classes_is_refused(folder: Path, tmp_path: Path) -> 
     own = from_recipe({"type": "text_distillation"}, networks, None)
     with pytest.raises(UserError, match=r"networks.student: its classes are LABEL_0, LABEL_1; the teacher's are dogs"):
         prepared(own, rows_of(tmp_path, *ROWS), None)
+
+
+def test_an_export_is_compared_on_rows_where_a_run_teaches(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SCALETRAIN_CACHE", str(tmp_path / "cache"))
+    rows_of(tmp_path, *ROWS)
+    shared = {
+        "data": {"train": str(tmp_path / "rows.jsonl")},
+        "train": {"duration": "1 step", "global_batch": 4},
+        "evaluate": {"samples": 0},
+    }
+    taught = {"model": {"path": str(folder / "bert")}}
+    first = {"objective": {"type": "text_classification"}, "networks": taught, **shared}
+    train(Recipe.model_validate(first), "first", tmp_path)
+    teacher = {"frozen": True, "from": f"run:{tmp_path / 'first'}/model"}
+    networks = {"student": {"path": str(folder / "bert")}, "teacher": teacher}
+    second = {"objective": {"type": "text_distillation"}, "networks": networks, **shared}
+    run = FinishedStage.open(train(Recipe.model_validate(second), "second", tmp_path))
+    probe = gate.probe(run, "student", None)
+    assert probe is not None
+    assert probe.source == "rows of the run's data"
+    assert len(probe.inputs["input_ids"]) == gate.ROWS
+    (tmp_path / "rows.jsonl").unlink()
+    assert gate.probe(run, "student", torch.nn.Linear(1, 1)) is None
+    assert "`student` is not compared on rows of the run's data: " in caplog.text
