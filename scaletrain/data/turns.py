@@ -104,7 +104,7 @@ class Template:
         def of(chat: Conversation) -> list[int]:
             with self._dated(chat.tools):
                 done: Any = self.tokenizer.apply_chat_template(
-                    chat.messages, tools=chat.tools, tokenize=True, return_dict=True, **self._values
+                    chat.messages, tools=list(chat.tools or ()) or None, tokenize=True, return_dict=True, **self._values
                 )
             return list(done["input_ids"])
 
@@ -202,7 +202,7 @@ class Template:
         with self._dated(chat.tools):
             written: Any = render_jinja_template(
                 conversations=[chat.messages],
-                tools=chat.tools,
+                tools=list(chat.tools or ()) or None,
                 chat_template=self._source(chat.tools),
                 return_assistant_tokens_mask=True,
                 **{**self.tokenizer.special_tokens_map, **self._values},
