@@ -151,7 +151,7 @@ def test_what_cannot_be_is_refused(bert: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.seq_len is missing"):
         prepared(pretrained(bert, None), rows, None)
     with pytest.raises(UserError, match=r"the tokenizer has no mask token"):
-        prepared(pretrained(str(Path(bert).parent / "teacher")), rows, None)
+        prepared(pretrained(str(Path(bert).parent / "finetuned")), rows, None)
     with pytest.raises(UserError, match=r"data.seq_len=2: nothing is left"):
         prepared(pretrained(bert, 2), rows, None)
     with pytest.raises(UserError, match=r"the text of all 2 rows is empty"):
