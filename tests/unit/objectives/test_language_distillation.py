@@ -340,7 +340,7 @@ def test_a_run_teaches_another_which_is_evaluated_afterwards(
     second = recipe_of(folders, options, networks={"teacher": teacher}, data={"eval": rows})
     folder = train(Recipe.model_validate(second), "second", tmp_path)
     last = [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "evaluate"]
-    found, _ = evaluate(folder)
+    found, *_ = evaluate(folder)
     assert {"loss", "agreement", "perplexity"} <= found.keys()
     assert found == {name: pytest.approx(last[-1][name], rel=1e-6) for name in found}
     probe = gate.probe(FinishedStage.open(folder), "student", None)
