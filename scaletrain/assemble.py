@@ -33,7 +33,7 @@ from scaletrain.objectives.base import Data, Objective
 from scaletrain.optim.ema import EMA
 from scaletrain.optim.optimizers import build_optimizer, state_bytes
 from scaletrain.optim.schedules import build_schedule
-from scaletrain.parameters import to_device
+from scaletrain.parameters import align, to_device
 from scaletrain.player import Player, Turn
 from scaletrain.position import windows_before
 from scaletrain.shelf import Shelf
@@ -165,6 +165,7 @@ def build_networks(
             torch.manual_seed(key_of(*seed, "weights", name))
             base = shelf.base(spec) if saved is None or spec.adapter else None
             module = build(name, spec, base, saved).to(engine.world.device)
+            align(module)
         module.train(not spec.frozen)
         networks[name] = module
     return networks, weights

@@ -24,6 +24,21 @@ def to_device(module: nn.Module, device: torch.device) -> None:
     module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
+def align(module: nn.Module) -> None:
+    """Put weights on a CPU where torch would put new ones; those in a mapped file begin anywhere.
+
+    The last bits of a product depend on it: a resumed run, whose weights come from other files, would not be the same.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        plain = type(tensor.data) is torch.Tensor and tensor.device.type == "cpu" and tensor.is_floating_point()
+        if plain and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+_ALIGNMENT = 64
+"""Bytes; of what torch allocates on a CPU."""
+
+
 def in_an_element(parameter: torch.Tensor) -> int:
     """Return how many weights an element of a parameter holds: those of 4 bits are two to a byte."""
     return 2 if parameter.dtype == torch.uint8 else 1
