@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     },
 }
 """What a setting changes of the recipe. Rates were not searched for: 3e-4 is the recipe's, 1e-4 of full finetuning what
-its header gives, 3e-3 of (IA)³ its paper's; LoRA+ has 1e-4 for A, and 16 times that for B."""
+its header gives, 3e-3 for (IA)³, which has few weights; LoRA+ has 1e-4 for A, and 16 times that for B."""
 
 
 def measure(name: str, options: argparse.Namespace, root: Path) -> list[str]:

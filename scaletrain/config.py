@@ -571,6 +571,11 @@ class Recipe(Strict):
     log: LogSpec = LogSpec()
     stages: list[StageSpec] = []
 
+    @property
+    def evaluation_batch(self) -> int:
+        """How many samples an evaluation takes at a time: not a matter of how many processes there are."""
+        return self.evaluate.batch or self.train.micro_batch or min(self.train.global_batch, 64)
+
     @model_validator(mode="after")
     def _unique_stages(self) -> Recipe:
         names = [s.name for s in self.stages]

@@ -115,7 +115,7 @@ def _share(
         nonlocal before
         tally, total = tallies[part], sums[part]
         dataset = First(dataset, first) if first else dataset
-        for micro in passes(dataset, batch_size(recipe), world.size, world.rank, lockstep):
+        for micro in passes(dataset, recipe.evaluation_batch, world.size, world.rank, lockstep):
             beat()
             torch.manual_seed(key_of(recipe.seed, "evaluate", before + micro.number))
             tensors = {name: tensor.to(world.device) for name, tensor in micro.tensors.items()}
@@ -128,7 +128,7 @@ def _share(
             for name, term in terms.items():
                 total[name] = total.get(name, 0) + term.sum.double()
                 tally.units[name], tally.weights[name] = term.per, term.weight
-        before += -(-len(dataset) // batch_size(recipe))
+        before += -(-len(dataset) // recipe.evaluation_batch)
 
     for name, dataset in parts.items():
         take(name, dataset, partial(objective.evaluate, networks), partial(objective.counts, objective.turns[0]))
@@ -141,8 +141,3 @@ def _share(
 
 def _answers(batch: Batch) -> dict[str, int]:
     return {"answers": len(next(iter(batch.values())))}
-
-
-def batch_size(recipe: Recipe) -> int:
-    """Return how many samples an evaluation takes at a time: not a matter of how many processes there are."""
-    return recipe.evaluate.batch or recipe.train.micro_batch or min(recipe.train.global_batch, 64)

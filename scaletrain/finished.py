@@ -20,8 +20,8 @@ from scaletrain.data.dataset import Dataset
 from scaletrain.data.order import key_of
 from scaletrain.engine.world import World
 from scaletrain.errors import UserError, agreed
-from scaletrain.evaluation import batch_size, sources_of
 from scaletrain.evaluation import evaluate as evaluate_set
+from scaletrain.evaluation import sources_of
 from scaletrain.explain import decode
 from scaletrain.objectives.base import Objective, Report, Request, RunView, Samples
 from scaletrain.recipe import load, objective_of, stages
@@ -165,7 +165,7 @@ def evaluate_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, float]:
         raise UserError(f"--lm-eval: `{run.stage.recipe.objective.type}` has no network that continues texts.")
     run.restore()
     model, tokenizer = run.objective.language_model(run.networks(default_device()))
-    return run_tasks(model, tokenizer, tasks, batch_size(run.stage.recipe))
+    return run_tasks(model, tokenizer, tasks, run.stage.recipe.evaluation_batch)
 
 
 def _sources(files: Sequence[str], recipe: Recipe) -> list[SourceSpec]:

@@ -31,7 +31,6 @@ from scaletrain.data.text import IGNORE
 from scaletrain.data.tokenizers import TokenizerConfig, check_vocabulary, filler, load_tokenizer
 from scaletrain.data.top_k import TopK, WithTopK
 from scaletrain.errors import UserError
-from scaletrain.evaluation import batch_size
 from scaletrain.explain import decode
 from scaletrain.networks import heads
 from scaletrain.networks._positions import beside, left, virtual_tokens
@@ -264,7 +263,7 @@ class Objective(Speaking[Config]):
             self.recipe.train.precision,
         )
         how = (self.config.temperature, self.config.cache.top_k, self._vocabulary)
-        kept = TopK(found, batch_size(self.recipe), *about, *how)
+        kept = TopK(found, self.recipe.evaluation_batch, *about, *how)
         self._kept.append(kept)
         return WithTopK(found, kept)
 

@@ -12,7 +12,6 @@ from scaletrain.data.loader import Layout
 from scaletrain.engine.deepspeed import Zero
 from scaletrain.engine.zero_spec import ZeroSpec
 from scaletrain.errors import UserError
-from scaletrain.evaluation import batch_size
 from scaletrain.planning.rehearse import Imagined, Part, Peak, Rehearsal, Unknown, batch_of, launched, worst_example
 from scaletrain.planning.share import Memory, Way, share
 
@@ -74,7 +73,7 @@ class Trial:
         judged: Peak | None = None
         given = trials.layout(self.way).micro_batch
         changed = {} if micro_batch == given else {"micro_batch": micro_batch}
-        width = batch_size(recipe.model_copy(update={"train": self.train.model_copy(update=changed)}))
+        width = recipe.model_copy(update={"train": self.train.model_copy(update=changed)}).evaluation_batch
         accumulate = self.train.global_batch // (micro_batch * self.way.processes)
         try:
             step = self.rehearsal.step(batch_of(trials.examples, trials.worst, micro_batch), accumulate)
