@@ -387,9 +387,9 @@ class SourceSpec(Strict):
     """Where rows come from. A plain string stands for its `path`."""
 
     path: str
-    """A file, a glob, a folder, any fsspec URL, a Hub id, or `sklearn:digits`."""
+    """A file, a glob, a folder, any fsspec URL, a Hub id, `sklearn:digits`, or `noise:N` for those that draw data."""
     type: Literal[
-        "parquet", "jsonl", "csv", "text", "images", "arrow", "hub", "sklearn", "webdataset", "mds"
+        "parquet", "jsonl", "csv", "text", "images", "arrow", "hub", "sklearn", "webdataset", "mds", "noise"
     ] | None = None  # fmt: skip
     """Inferred from the path when it is left out."""
     stream: bool = False

@@ -66,12 +66,7 @@ class FinishedStage:
 
     def restore(self) -> None:
         """Give the objective back what it found out about the data, and where frozen networks of other runs are."""
-        folders = {p.name: p for p in (self.checkpoint / "networks").iterdir()}
-        for name, spec in self.stage.recipe.networks.items():
-            if spec.frozen and spec.source:
-                with suppress(UserError):  # they may be gone: for samples they need not be there
-                    folders[name] = Shelf(self.folder).folder(spec.source)
-        self.objective.restore(folders)
+        _restore(self.objective, self.stage.recipe, self.checkpoint, Shelf(self.folder))
 
     def held(self, files: Sequence[str]) -> Dataset | None:
         """Prepare files, or else the recipe's evaluation data. Training data are read for a holdout only.
@@ -105,6 +100,16 @@ class FinishedStage:
         """Load all networks, averaged where an average is kept, at rest on a device."""
         shelf, names = Shelf(self.folder), reader.manifest(self.checkpoint)["networks"]
         return {n: shelf.open(self.checkpoint, n).to(device).eval().requires_grad_(False) for n in names}
+
+
+def _restore(objective: Objective[Any], recipe: Recipe, checkpoint: Path, shelf: Shelf) -> None:
+    """Give an objective what it wrote beside the networks of a checkpoint, and where frozen ones of others are."""
+    folders = {p.name: p for p in (checkpoint / "networks").iterdir()}
+    for name, spec in recipe.networks.items():
+        if spec.frozen and spec.source:
+            with suppress(UserError):  # they may be gone: for samples they need not be there
+                folders[name] = shelf.folder(spec.source)
+    objective.restore(folders)
 
 
 def default_device() -> torch.device:
@@ -187,9 +192,16 @@ def report_on(folder: Path, device: torch.device) -> Report | None:
         return None
     end = reader.stage_end(folder, parts[-1].name)
     assert end is not None
-    objective.restore({p.name: p for p in (end / "networks").iterdir()})
     shelf = Shelf(folder)
-    options = {part.name: part.recipe.objective.model_dump() for part in parts}
+    _restore(objective, parts[-1].recipe, end, shelf)
+    recipes = {part.name: part.recipe for part in parts}
+
+    def opened(stage: str) -> Objective[Any]:
+        found, checkpoint = objective_of(recipes[stage]), reader.stage_end(folder, stage)
+        assert checkpoint is not None
+        _restore(found, recipes[stage], checkpoint, shelf)
+        return found
+
     view = RunView(
         folder=folder,
         stages=tuple(part.name for part in parts),
@@ -197,7 +209,7 @@ def report_on(folder: Path, device: torch.device) -> Report | None:
         device=device,
         seed=recipe.seed,
         network=lambda stage, network: shelf.stage(stage, network).to(device).eval().requires_grad_(False),
-        options=options.__getitem__,
+        objective=opened,
     )
     with torch.no_grad():
         report = objective.report(view)

@@ -58,8 +58,9 @@ def open_tables(spec: SourceSpec) -> list[Table]:
 
 def _infer(path: str) -> str:
     """Return the type of a source from its path and, for a folder, from the names in it."""
-    if path.startswith("sklearn:"):
-        return "sklearn"
+    for name in ("sklearn", "noise"):
+        if path.startswith(f"{name}:"):
+            return name
     fs, root = _file_system(path)
     if _what(fs, root, path) == "directory":
         inside = {os.path.basename(p) for p in _tree(fs, root, path, depth=1)}
@@ -335,6 +336,14 @@ def _sklearn(spec: SourceSpec) -> list[Table]:
     return [ArrayTable(spec.path, arrays)]
 
 
+def _noise(spec: SourceSpec) -> list[Table]:
+    """Make rows that hold nothing but their numbers, for objectives that make their data themselves."""
+    count = spec.path.removeprefix("noise:").replace("_", "")
+    if not count.isdigit() or int(count) < 1:
+        raise UserError(f"`{spec.path}`: write how many draws an epoch has, such as `noise:100_000`")
+    return [ArrayTable(spec.path, {"draw": np.arange(int(count))})]
+
+
 _OPEN: dict[str, Callable[[SourceSpec], list[Table]]] = {
     "parquet": _parquet,
     "jsonl": _jsonl,
@@ -344,6 +353,7 @@ _OPEN: dict[str, Callable[[SourceSpec], list[Table]]] = {
     "arrow": _arrow,
     "hub": _hub,
     "sklearn": _sklearn,
+    "noise": _noise,
     "webdataset": _webdataset,
     "mds": _mds,
 }

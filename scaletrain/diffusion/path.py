@@ -1,35 +1,79 @@
-"""Paths from data to noise: z_t = α_t x₀ + σ_t ε for t in [0, 1], data at 0 and ε ~ N(0, I) at 1.
+"""Paths from data to noise: z_t = α_t x₀ + σ_t ε, data at the first time and, nearly or wholly, noise at the last.
 
-Legend: z, x₀ and ε are (B, ...); t is (B,); α and σ come as (B, 1, ...) to multiply z. SNR = α² / σ².
+Legend: z, x₀ and ε ~ N(0, I) are (B, ...); t is (B,); α and σ come as (B, 1, ...) to multiply z. SNR = α² / σ².
+A path is a part of a recipe, `{type: flow}` or, in short, `flow`.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from typing import final
+from abc import abstractmethod
+from typing import Annotated, Literal, final
 
 import torch
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from scaletrain.config import Strict
 
-class Path(ABC):
-    """How much signal and how much noise there is at a time."""
+
+class Path(Strict):
+    """How much signal and how much noise there is at a time, between `first` and `last`."""
+
+    @property
+    def first(self) -> float:
+        """The least time: of data with as little noise as networks are asked about."""
+        return 0.0
+
+    @property
+    def last(self) -> float:
+        """The greatest time, at which samplers begin from σ ε."""
+        return 1.0
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return α and σ at times t, in its shape; σ > 0 everywhere, and α > 0 except perhaps at 1."""
+        """Return α and σ at times t, in its shape."""
+
+    @abstractmethod
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return dα/dt and dσ/dt at times t, in its shape."""
+
+    @abstractmethod
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """Return the times at which log SNR has these values, in their shape; it falls with time."""
+
+    def told(self, t: Tensor) -> Tensor:
+        """Return what networks are told in place of t, about 0 to 1."""
+        return t
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return α and σ at times t (B,), shaped (B, 1, ...) to multiply `like` (B, ...)."""
         alpha, sigma = self.alpha_sigma(t)
-        shape = (-1,) + (1,) * (like.dim() - 1)
-        return alpha.view(shape), sigma.view(shape)
+        return beside(alpha, like), beside(sigma, like)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Return log α²/σ² at times t, in its shape."""
+        alpha, sigma = self.alpha_sigma(t)
+        return 2 * (alpha.log() - sigma.log())
 
     def noisy(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return z_t (B, ...)."""
         alpha, sigma = self.at(t, x0)
         return alpha * x0 + sigma * eps
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Return where samplers begin (B, ...): noise (B, ...) of unit variance at the scale of the last time."""
+        _, sigma = self.alpha_sigma(torch.tensor(self.last, dtype=noise.dtype, device=noise.device))
+        return sigma * noise
+
+    def grid(self, steps: int) -> list[float]:
+        """Return the times of a sampler of so many steps, `last` to `first`: steps + 1, evenly spaced."""
+        return [self.last + (self.first - self.last) * i / steps for i in range(steps + 1)]
+
+
+def beside(values: Tensor, like: Tensor) -> Tensor:
+    """Shape (B,) as (B, 1, ...), to multiply `like` (B, ...)."""
+    return values.view(-1, *(1,) * (like.dim() - 1))
 
 
 @final
@@ -38,19 +82,243 @@ class Cosine(Path):
 
     α = cos φ, σ = sin φ, and φ goes evenly from just above 0 to just below π/2, so that α and σ are never 0 and every
     conversion between ε, x₀ and v is defined (Salimans & Ho, 2022, appendix; the bounds are those of their code).
+    shift: log SNR is raised by 2 log of it, such as 64 / side for pictures larger than 64 (Hoogeboom et al., 2023,
+    section 3.1). Then tan φ is divided by it.
     """
 
-    _first = math.atan(math.exp(-10))
+    type: Literal["cosine"] = "cosine"
+    shift: float = Field(1.0, gt=0)
+
+    def _angle(self, t: Tensor) -> Tensor:
+        return _LEAST + t * (math.pi / 2 - 2 * _LEAST)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos φ and sin φ."""
-        phi = self._first + t * (math.pi / 2 - 2 * self._first)
-        return torch.cos(phi), torch.sin(phi)
+        angle = self._angle(t)
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        if self.shift == 1:
+            return cos, sin
+        length = torch.hypot(self.shift * cos, sin)
+        return self.shift * cos / length, sin / length
+
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return dα/dt and dσ/dt: φ' (−σ, α)."""
+        alpha, sigma = self.alpha_sigma(t)
+        angle, rate = self._angle(t), math.pi / 2 - 2 * _LEAST
+        # φ = atan(tan θ / shift), so dφ/dθ = shift / (shift² cos² θ + sin² θ).
+        rate = rate * self.shift / ((self.shift * torch.cos(angle)) ** 2 + torch.sin(angle) ** 2)
+        return -sigma * rate, alpha * rate
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """Invert log SNR = −2 log tan φ."""
+        angle = torch.atan(self.shift * torch.exp(-log_snr / 2))
+        return (angle - _LEAST) / (math.pi / 2 - 2 * _LEAST)
 
 
-def stratified(count: int, device: torch.device) -> Tensor:
-    """Return times (count,) in [0, 1), evenly spaced from a random first one: each is uniform, together they spread.
+_LEAST = math.atan(math.exp(-10))
 
-    Gradients vary less than with independent times (Kingma et al., 2021, appendix I.1).
+
+@final
+class Linear(Path):
+    """The variance-preserving path whose β rises linearly (Ho et al., 2020), in continuous time (Song et al., 2021,
+    equation 33): log α = −t² (β₁ − β₀) / 4 − t β₀ / 2.
     """
-    return (torch.rand(1, device=device) + torch.arange(count, device=device) / count) % 1
+
+    type: Literal["linear"] = "linear"
+    beta_min: float = Field(0.1, gt=0)
+    beta_max: float = Field(20.0, gt=0)
+
+    @property
+    def first(self) -> float:
+        """That of Song et al., 2021, appendix C."""
+        return 1e-3
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        return -t * (t * (self.beta_max - self.beta_min) / 4 + self.beta_min / 2)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return α and the root of 1 − α²."""
+        log_alpha = self._log_alpha(t)
+        return log_alpha.exp(), torch.sqrt(-torch.expm1(2 * log_alpha))
+
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return −β α / 2 and β α² / (2 σ)."""
+        alpha, sigma = self.alpha_sigma(t)
+        beta = self.beta_min + t * (self.beta_max - self.beta_min)
+        return -beta * alpha / 2, beta * alpha**2 / (2 * sigma)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """Solve the quadratic of log α, in the form that does not cancel."""
+        log_alpha = torch.nn.functional.logsigmoid(log_snr) / 2
+        wide, low = self.beta_max - self.beta_min, self.beta_min
+        return -4 * log_alpha / (low + torch.sqrt(low**2 - 4 * wide * log_alpha))
+
+
+@final
+class Discrete(Path):
+    """The path of a schedule of T steps, by ᾱ of each: time t is step T t − 1, log SNR linear between steps.
+
+    So t = 1 is the last step, T − 1, which networks are told as it is.
+    alphas_cumprod: α² of each step, falling. sigmas are the roots of 1 − α².
+    """
+
+    type: Literal["discrete"] = "discrete"
+    alphas_cumprod: list[float] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _falling(self) -> Discrete:
+        values = self.alphas_cumprod
+        if not (1 > values[0] and values[-1] > 0 and all(a > b for a, b in zip(values, values[1:], strict=False))):
+            raise ValueError("alphas_cumprod must fall from below 1 to above 0")
+        return self
+
+    @property
+    def first(self) -> float:
+        """The time of step 0."""
+        return 1 / len(self.alphas_cumprod)
+
+    def _table(self, like: Tensor) -> Tensor:
+        squares = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=like.device)
+        return torch.logit(squares).to(like.dtype)
+
+    def _step(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the step before t, and how far it is behind, in steps."""
+        place = (t * len(self.alphas_cumprod) - 1).clamp(0, len(self.alphas_cumprod) - 1)
+        before = place.detach().floor().clamp(max=len(self.alphas_cumprod) - 2)
+        return before.long(), place - before
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Read the table."""
+        table = self._table(t)
+        step, part = self._step(t)
+        return torch.lerp(table[step], table[step + 1], part)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the roots of sigmoid(±log SNR)."""
+        log_snr = self.log_snr(t)
+        return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return α σ² and −α² σ, times half the slope of log SNR."""
+        table = self._table(t)
+        step, _ = self._step(t)
+        half = (table[step + 1] - table[step]) * len(self.alphas_cumprod) / 2
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha * sigma**2 * half, -(alpha**2) * sigma * half
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """Search the table."""
+        table = self._table(log_snr)
+        after = torch.searchsorted(-table, -log_snr.contiguous()).clamp(1, len(table) - 1)
+        part = (log_snr - table[after - 1]) / (table[after] - table[after - 1])
+        return (after - 1 + part.clamp(0, 1) + 1) / len(table)
+
+    def told(self, t: Tensor) -> Tensor:
+        """Return the step, 0 to T − 1."""
+        return t * len(self.alphas_cumprod) - 1
+
+
+@final
+class EDM(Path):
+    """The variance-exploding path z = x₀ + t ε, σ = t (Karras et al., 2022), with their grid of times."""
+
+    type: Literal["edm"] = "edm"
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+    rho: float = Field(7.0, gt=0)
+
+    @property
+    def first(self) -> float:
+        """`sigma_min`."""
+        return self.sigma_min
+
+    @property
+    def last(self) -> float:
+        """`sigma_max`."""
+        return self.sigma_max
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return 1 and t."""
+        return torch.ones_like(t), t
+
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return 0 and 1."""
+        return torch.zeros_like(t), torch.ones_like(t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """Return exp(−log SNR / 2)."""
+        return torch.exp(-log_snr / 2)
+
+    def told(self, t: Tensor) -> Tensor:
+        """Return ln(σ) / 4 (Karras et al., 2022, table 1)."""
+        return t.log() / 4
+
+    def grid(self, steps: int) -> list[float]:
+        """Return times evenly spaced in σ^(1/ρ) (Karras et al., 2022, equation 5)."""
+        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
+        return [float((high + (low - high) * i / steps) ** self.rho) for i in range(steps + 1)]
+
+
+@final
+class Flow(Path):
+    """The straight path z = (1 − t) x₀ + t ε of rectified flows and flow matching (Liu et al., 2023; Lipman et al.,
+    2023).
+
+    shift: of times towards noise, for large pictures: t ← s t / (1 + (s − 1) t) (Esser et al., 2024, equation 23). It
+    holds for samplers' grids; what is trained on is told by the times of an objective.
+    """
+
+    type: Literal["flow"] = "flow"
+    shift: float = Field(1.0, gt=0)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return 1 − t and t."""
+        return 1 - t, t
+
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return −1 and 1."""
+        return -torch.ones_like(t), torch.ones_like(t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """Return σ / (α + σ)."""
+        return torch.sigmoid(-log_snr / 2)
+
+    def grid(self, steps: int) -> list[float]:
+        """Return times evenly spaced and then shifted."""
+        even = super().grid(steps)
+        return [self.shift * t / (1 + (self.shift - 1) * t) for t in even]
+
+
+@final
+class Trig(Path):
+    """TrigFlow: z = cos(t) x₀ + data_std · sin(t) ε for t in [0, π/2] (Lu & Song, 2025, section 3.1)."""
+
+    type: Literal["trig"] = "trig"
+    data_std: float = Field(1.0, gt=0)
+
+    @property
+    def last(self) -> float:
+        """π / 2."""
+        return math.pi / 2
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos t and data_std · sin t."""
+        return torch.cos(t), self.data_std * torch.sin(t)
+
+    def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return −sin t and data_std · cos t."""
+        return -torch.sin(t), self.data_std * torch.cos(t)
+
+    def time_at(self, log_snr: Tensor) -> Tensor:
+        """Return atan(σ / (α · data_std))."""
+        return torch.atan(torch.exp(-log_snr / 2) / self.data_std)
+
+
+def _named(value: object) -> object:
+    return {"type": value} if isinstance(value, str) else value
+
+
+AnyPath = Annotated[
+    Annotated[Cosine | Linear | Discrete | EDM | Flow | Trig, Field(discriminator="type")], BeforeValidator(_named)
+]
+"""A path in a recipe."""

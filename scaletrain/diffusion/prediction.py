@@ -1,7 +1,20 @@
 """What a network predicts of z = α x₀ + σ ε, what the others are given one, and how errors are weighed.
 
-Legend: as in `scaletrain.diffusion.path`. v = α ε − σ x₀ (Salimans & Ho, 2022, appendix D). Each conversion is exact
-for any α, σ, whether or not α² + σ² = 1.
+Legend: as in `scaletrain.diffusion.path`. Every prediction is some a x₀ + b ε. With z = α x₀ + σ ε that is a system of
+two equations, so one formula converts between all of them, for any path; its determinant is α b − σ a.
+
+| prediction | a | b | |
+|---|---|---|---|
+| eps | 0 | 1 | the noise (Ho et al., 2020) |
+| x0 | 1 | 0 | the data |
+| v | −σ | α | Salimans & Ho, 2022, appendix D |
+| velocity | dα/dt | dσ/dt | dz/dt, of flow matching (Lipman et al., 2023) |
+| score | 0 | −1/σ | ∇ log p(z) (Song et al., 2021) |
+| edm | σ / (d s) | −α d / s | F of Karras et al., 2022, equation 7: x₀ = c_skip z + c_out F |
+| exact | 1 | 0 | x₀ of a network that is told α and σ, not t: a distribution in closed form |
+
+d is the standard deviation of the data, s² = α² d² + σ², and c_skip = α d² / s², c_out = σ d / s, so that F has unit
+variance; the network is given z / s. On α = 1 these are Karras et al.'s; on α² + σ² = 1 and d = 1, F = −v.
 """
 
 from __future__ import annotations
@@ -11,55 +24,34 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Prediction = Literal["eps", "x0", "v"]
-Weighting = Literal["snr", "snr_plus_one", "truncated_snr", "min_snr"]
+Prediction = Literal["eps", "x0", "v", "velocity", "score", "edm", "exact"]
+Weighting = Literal["plain", "x0", "snr", "snr_plus_one", "truncated_snr", "min_snr", "p2"]
 
 
-def to_x0(kind: Prediction, output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return the x₀ that a prediction of this kind means at z."""
-    if kind == "x0":
-        return output
-    if kind == "eps":
-        return (z - sigma * output) / alpha
-    return (alpha * z - sigma * output) / (alpha**2 + sigma**2)
+def weight(weighting: Weighting, slope: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the factor of a squared error of a prediction, where x₀ changes with it as `slope`, ∂x₀/∂prediction.
 
+    plain: 1, the squared error of what the network predicts: for `edm` that of Karras et al. (2022), for `velocity`
+    that of flow matching. The others are named by what they are for a squared error of x₀; the factor that comes back
+    is that, times slope², so that the loss does not depend on the prediction:
 
-def to_eps(kind: Prediction, output: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return the ε that a prediction of this kind means at z."""
-    if kind == "eps":
-        return output
-    if kind == "x0":
-        return (z - alpha * output) / sigma
-    return (sigma * z + alpha * output) / (alpha**2 + sigma**2)
-
-
-def from_x0(kind: Prediction, x0: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return what a network of this kind has to answer at z for it to mean x₀."""
-    if kind == "x0":
-        return x0
-    eps = (z - alpha * x0) / sigma
-    return eps if kind == "eps" else alpha * eps - sigma * x0
-
-
-def weight(weighting: Weighting, kind: Prediction, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return the factor of a squared error of a prediction of this kind.
-
-    The weighting is named by what it is for a squared error of x₀; the factor that comes back is that, times
-    (∂x₀/∂prediction)², so that the loss does not depend on the kind:
-
-    snr: α²/σ², the plain ε loss (Ho et al., 2020). snr_plus_one: SNR + 1, the plain v loss; truncated_snr: max(SNR, 1)
-    (both Salimans & Ho, 2022, section 4). min_snr: min(SNR, 5) (Hang et al., 2023, section 3.4).
+    x0: 1. snr: α²/σ², the plain ε loss (Ho et al., 2020). snr_plus_one: SNR + 1, the plain v loss; truncated_snr:
+    max(SNR, 1) (both Salimans & Ho, 2022, section 4). min_snr: min(SNR, 5) (Hang et al., 2023, section 3.4). p2: SNR /
+    (1 + SNR) (Choi et al., 2022, equation 8, k = γ = 1).
     """
+    if weighting == "plain":
+        return torch.ones_like(slope)
     snr = (alpha / sigma) ** 2
-    if weighting == "snr":
+    if weighting == "x0":
+        factor = torch.ones_like(snr)
+    elif weighting == "snr":
         factor = snr
     elif weighting == "snr_plus_one":
         factor = snr + 1
     elif weighting == "truncated_snr":
         factor = snr.clamp(min=1)
-    else:
+    elif weighting == "min_snr":
         factor = snr.clamp(max=5)
-    if kind == "x0":
-        return factor
-    slope = sigma / alpha if kind == "eps" else sigma / (alpha**2 + sigma**2)
+    else:
+        factor = snr / (1 + snr)
     return factor * torch.square(slope)

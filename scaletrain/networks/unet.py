@@ -6,7 +6,6 @@ one skip connection to a level, and resizing without convolutions of its own, fo
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import final
 
@@ -15,11 +14,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from scaletrain.config import Strict
 from scaletrain.errors import UserError
+from scaletrain.networks._conditions import Conditioned, Conditions, Waves
 
 
-class Config(Strict):
+class Config(Conditioned):
     """Options for `type: unet`. The shape of a picture is that of the data."""
 
     channels: int = Field(1, ge=1)
@@ -35,19 +34,19 @@ class Config(Strict):
 
 
 class Times(nn.Module):
-    """Times (B,) in [0, 1] to features (B, size): sines and cosines of 1 to 100 radians per unit, and a small MLP."""
+    """Times (B,), about 0 to 1, and what else is told, to features (B, size), by a small MLP."""
 
-    frequencies: Tensor
-
-    def __init__(self, size: int, waves: int = 32):
+    def __init__(self, config: Config, size: int):
         super().__init__()
-        self.register_buffer("frequencies", torch.exp(torch.linspace(0, math.log(100), waves)), persistent=False)
-        self.layers = nn.Sequential(nn.Linear(2 * waves, size), nn.SiLU(), nn.Linear(size, size), nn.SiLU())
+        self.waves = Waves()
+        self.first = nn.Linear(2 * len(self.waves.frequencies), size)
+        self.conditions = Conditions(config, size)
+        self.second = nn.Linear(size, size)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, **told: Tensor | None) -> Tensor:
         """Map (B,) to (B, size)."""
-        angles = t[:, None] * self.frequencies
-        return self.layers(torch.cat([angles.cos(), angles.sin()], 1))
+        first = self.conditions(self.first(self.waves(t)), **told)
+        return F.silu(self.second(F.silu(first)))
 
 
 class Block(nn.Module):
@@ -73,7 +72,7 @@ class Block(nn.Module):
 
 @final
 class UNet(nn.Module):
-    """z (B, C, H, W), t (B,) in [0, 1] -> a prediction (B, C, H, W); 0 at the start.
+    """z (B, C, H, W), t (B,) about 0 to 1 -> a prediction (B, C, H, W); 0 at the start.
 
     Raises UserError for features that are no multiples of 8 and for sides that cannot be halved often enough.
     """
@@ -89,7 +88,8 @@ class UNet(nn.Module):
                 f"unet: {len(features)} levels need sides that {divisor} divides, pictures are "
                 f"{config.height}x{config.width}: give fewer `features`, or set `objective.size`"
             )
-        self.times = Times(times)
+        self.settings = config
+        self.times = Times(config, times)
         self.first = nn.Conv2d(config.channels, features[0], 3, padding=1)
         self.halve = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(features))
         self.down = nn.ModuleList(Level(f, f, times, config.blocks) for f in features)
@@ -101,9 +101,16 @@ class UNet(nn.Module):
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
         """Apply the network. Inside, tensors are channels-last, which convolutions are faster on."""
-        times = self.times(t)
+        times = self.times(t, label=label, guidance=guidance, target=target)
         h = self.first(z.contiguous(memory_format=torch.channels_last))
         levels = []
         for i, level in enumerate(self.down):

@@ -88,8 +88,8 @@ class RunView:
     seed: int
     network: Callable[[str, str], nn.Module]
     """(stage, network) -> that network as the stage left it, in evaluation mode, without gradients."""
-    options: Callable[[str], Mapping[str, Any]]
-    """(stage) -> the options of its objective, `type` among them."""
+    objective: Callable[[str], Objective[Any]]
+    """(stage) -> its objective, restored."""
 
 
 @dataclass(frozen=True)

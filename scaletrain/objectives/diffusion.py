@@ -1,71 +1,86 @@
-"""Diffusion: a network learns to tell data from noise at every level, and pictures come of noise step by step.
+"""Diffusion: a network learns to tell data from noise at every level, and samples come of noise step by step.
 
-Ho et al. (2020) and, for prediction types, weights and the sampler's time grid, Salimans & Ho (2022).
+Ho et al. (2020), Karras et al. (2022) or Lipman et al. (2023), by `path`, `prediction`, `times` and `weighting`; for
+prediction types, weights and the grid of times of the first, Salimans & Ho (2022).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar, final
 
 import torch
 from pydantic import Field
 
-from scaletrain.config import NetworkSpec
-from scaletrain.data.dataset import Dataset
-from scaletrain.data.images import ImageOptions
+from scaletrain.config import Recipe
 from scaletrain.data.sources import Rows
-from scaletrain.diffusion.options import DiffusionOptions
-from scaletrain.diffusion.path import stratified
-from scaletrain.diffusion.pictures import draw, stored_shape
-from scaletrain.objectives import base
-from scaletrain.objectives.base import Networks, Request, Samples, completed
+from scaletrain.diffusion.pairing import optimal_pairs
+from scaletrain.diffusion.times import Times, Uniform
+from scaletrain.errors import UserError
+from scaletrain.objectives import _denoising
+from scaletrain.objectives.base import Networks
 from scaletrain.player import Batch, Term, Turn
 
 
-class Config(ImageOptions, DiffusionOptions):
+class Config(_denoising.Config):
     """Options of `objective` for `type: diffusion`."""
 
     steps: int = Field(32, ge=1)
     """Evaluations of the network for a sample."""
+    times: Times = Uniform()
+    """At which it is trained."""
+    dropped: float = Field(0.0, ge=0, lt=1)
+    """Share of the samples whose condition is left out, so that the network can be guided (Ho & Salimans, 2021)."""
+    pairing: bool = False
+    """Pair noise and data of a micro-batch by optimal transport (Pooladian et al., 2023; Tong et al., 2024)."""
 
 
 @final
-class Objective(base.Objective[Config]):
-    """Train `model`, by default a U-Net, on the column `image`."""
+class Objective(_denoising.Objective[Config]):
+    """Train `model`, by default a U-Net (for points, a perceptron), on the column `image`, `latent` or `point`.
 
-    throughput: ClassVar[str] = "images"
+    With a mixture as `teacher`, its samples are the data.
+    """
+
+    trained: ClassVar[str] = "model"
+    turns = (Turn("train", "model"),)
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, config: Config, recipe: Recipe):
+        super().__init__(config, recipe)
+        if config.dropped and config.condition is None:
+            raise UserError("objective.dropped: there is no condition to leave out; set objective.condition=label.")
+        self.steps = config.steps
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
-        """Find the shape of a picture. Raises UserError that names the row."""
-        self._shape = self.config.shape(train)
-
-    def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
-        """Return pictures."""
-        return self.config.pictures(rows, training, self._shape)
-
-    def restore(self, folders: Mapping[str, Path]) -> None:
-        """Take the shape of a picture from the stored network."""
-        if "model" in folders:
-            self._shape = stored_shape(folders["model"])
-
-    def networks(self) -> dict[str, NetworkSpec]:
-        """Return `model`, which is told the shape of a picture."""
-        channels, height, width = self._shape
-        return {"model": completed(self.recipe, "model", "unet", channels=channels, height=height, width=width)}
-
-    def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
-        """Count pictures."""
-        return {"images": len(batch["image"])}
+        """Find what is denoised. Raises UserError that names the row."""
+        super().prepare(train, eval)
+        self._signature = self.signature.model_copy(update={"dropped": self.config.dropped > 0})
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
-        """Return the weighted squared error at times that are spread evenly over [0, 1]."""
-        denoiser, x0 = self.config.denoiser(networks["model"]), batch["image"]
-        t = stratified(len(x0), x0.device)
-        z = denoiser.path.noisy(x0, torch.randn_like(x0), t)
-        return {"loss": Term(denoiser.loss(z, t, x0, self.config.weighting).sum(), "images")}
+        """Return the weighted squared error at times that are spread over the path."""
+        x0, batch = self.data(batch)
+        model = self.student(networks, self._with_dropped(batch))
+        t = self.config.times.draw(len(x0), model.path, x0.device)
+        eps = torch.randn_like(x0)
+        if self.config.pairing:
+            eps = optimal_pairs(x0, eps)
+        z = model.path.noisy(x0, eps, t)
+        # For a velocity on a path that ends without noise, the target is that of x₀ and ε, not of x₀ and z.
+        return {"loss": Term(model.loss(z, t, x0, self.config.weighting, eps).sum(), "samples")}
 
-    def sample(self, networks: Networks, request: Request) -> Samples:
-        """Draw pictures."""
-        return draw(self.config.denoiser(networks["model"]), self._shape, self.config.steps, request)
+    def _with_dropped(self, batch: Batch) -> Batch:
+        """Leave the condition of some samples out."""
+        if not self.config.dropped:
+            return batch
+        label = batch["label"]
+        kept = torch.rand(len(label), device=label.device) >= self.config.dropped
+        return {**batch, "label": torch.where(kept, label, self.signature.classes)}
+
+    def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return the loss with every condition."""
+        x0, batch = self.data(batch)
+        model = self.student(networks, batch)
+        t = self.config.times.draw(len(x0), model.path, x0.device)
+        eps = torch.randn_like(x0)
+        loss = model.loss(model.path.noisy(x0, eps, t), t, x0, self.config.weighting, eps)
+        return {"loss": Term(loss.sum(), "samples")}

@@ -1,0 +1,29 @@
+"""Points as examples, and draws: rows that hold nothing, for objectives that make their data themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from scaletrain.data.dataset import TensorDataset
+from scaletrain.data.sources import Rows
+from scaletrain.errors import UserError
+
+
+def points(rows: Rows, column: str = "point") -> TensorDataset:
+    """Return rows of numbers as {column: (N, D) float32}. Raises UserError that names a row of another length."""
+    values = rows.column(rows.require(column, "a list of numbers"))
+    width = len(values[0])
+    for number, value in enumerate(values):
+        if len(value) != width:
+            raise UserError(f"{rows.name(number)}: `{column}` has {len(value)} numbers, the first row has {width}.")
+    found = torch.from_numpy(np.asarray([np.asarray(value, np.float32) for value in values]))
+    if not found.isfinite().all():
+        bad = int((~found.isfinite()).any(1).nonzero()[0])
+        raise UserError(f"{rows.name(bad)}: `{column}` has a number that is not finite.")
+    return TensorDataset({column: found})
+
+
+def draws(rows: Rows) -> TensorDataset:
+    """Return rows that hold nothing but their number as {draw: (N,)}."""
+    return TensorDataset({"draw": torch.arange(len(rows))})

@@ -1,0 +1,71 @@
+"""What denoisers are told beside z: the time, and perhaps a class, the strength of guidance, or a time to go to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from scaletrain.config import Strict
+
+
+class Conditioned(Strict):
+    """Options of networks that are told more than the time. What a network is told is the objective's matter."""
+
+    classes: int = Field(0, ge=0)
+    """Of the labels that it is told; one more stands for none. 0: it is told no label."""
+    guidance: bool = False
+    """Whether it is told the scale of guidance that it is to answer with."""
+    target: bool = False
+    """Whether it is told the time to go to."""
+
+
+class Waves(nn.Module):
+    """Numbers (B,) to sines and cosines (B, 2 waves) of 1 to 100 radians per unit."""
+
+    frequencies: Tensor
+
+    def __init__(self, waves: int = 32, highest: float = 100.0):
+        super().__init__()
+        frequencies = torch.exp(torch.linspace(0, math.log(highest), waves))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Map (B,) to (B, 2 waves)."""
+        angles = t[:, None] * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class Conditions(nn.Module):
+    """label (B,), guidance (B,), target (B,) -> features (B, size), to add to those of the time; 0 at the start.
+
+    So a network that goes on from one that is told less answers as that one does.
+    """
+
+    def __init__(self, config: Conditioned, size: int):
+        super().__init__()
+        self.waves = Waves()
+        self.label = nn.Embedding(config.classes + 1, size) if config.classes else None
+        wide = 2 * len(self.waves.frequencies)
+        self.guidance = nn.Linear(wide, size, bias=False) if config.guidance else None
+        self.target = nn.Linear(wide, size, bias=False) if config.target else None
+        for module in (self.label, self.guidance, self.target):
+            if module is not None:
+                nn.init.zeros_(module.weight)
+
+    def forward(
+        self, features: Tensor, label: Tensor | None = None, guidance: Tensor | None = None, target: Tensor | None = None
+    ) -> Tensor:
+        """Add what is told to features (B, size). A label that is not given is none; a guidance, 1; a target, 0."""
+        if self.label is not None:
+            none = self.label.num_embeddings - 1
+            label = torch.full((len(features),), none, device=features.device) if label is None else label
+            features = features + self.label(label)
+        for layer, value, default in ((self.guidance, guidance, 1.0), (self.target, target, 0.0)):
+            if layer is not None:
+                value = torch.full((len(features),), default, device=features.device) if value is None else value
+                scaled = value.log() / 4 if layer is self.guidance else value
+                features = features + layer(self.waves(scaled).to(features.dtype))
+        return features

@@ -1,0 +1,58 @@
+"""A multilayer perceptron that is told the time: a denoiser for points."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import final
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from scaletrain.networks._conditions import Conditioned, Conditions, Waves
+
+
+class Config(Conditioned):
+    """Options for `type: point_denoiser`."""
+
+    dim: int = Field(2, ge=1)
+    """Coordinates of a point: those of the data."""
+    hidden: list[int] = Field([256, 256, 256], min_length=1)
+    """Width of each hidden layer."""
+
+
+@final
+class PointDenoiser(nn.Module):
+    """z (B, D), t (B,) about 0 to 1 -> a prediction (B, D); 0 at the start."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.settings = config
+        self.waves = Waves()
+        self.first = nn.Linear(config.dim, config.hidden[0])
+        self.times = nn.Linear(2 * len(self.waves.frequencies), config.hidden[0])
+        self.conditions = Conditions(config, config.hidden[0])
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(config.hidden))
+        self.last = nn.Linear(config.hidden[-1], config.dim)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(
+        self,
+        z: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the network."""
+        features = self.conditions(self.times(self.waves(t)), label, guidance, target)
+        h = F.silu(self.first(z) + features)
+        for layer in self.layers:
+            h = F.silu(layer(h))
+        return self.last(h)
+
+
+def build(config: Config) -> nn.Module:
+    """Build the network."""
+    return PointDenoiser(config)

@@ -1,0 +1,383 @@
+"""What diffusion and all ways to distil it share: what is denoised, how networks are read, samples and the table.
+
+A batch has what is denoised in the column `image`, `latent` or `point`, or nothing but `draw`, where data are drawn
+from the teacher; and with classes, `label`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import ClassVar, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from scaletrain.config import NetworkSpec, Recipe
+from scaletrain.data.classes import Classes
+from scaletrain.data.dataset import Dataset
+from scaletrain.data.images import ImageOptions
+from scaletrain.data.points import draws, points
+from scaletrain.data.sources import Rows
+from scaletrain.data.stream import Stream
+from scaletrain.diffusion.denoiser import Denoiser, Guidance
+from scaletrain.diffusion.path import AnyPath, Cosine
+from scaletrain.diffusion.prediction import Prediction, Weighting
+from scaletrain.diffusion.reading import Reading
+from scaletrain.diffusion.signature import Signature, Space
+from scaletrain.diffusion.solvers import Solver, sample
+from scaletrain.errors import UserError
+from scaletrain.evaluate.few_steps import Sampler, compare
+from scaletrain.evaluate.judges import Judging, ModesJudge, PictureJudge, Real
+from scaletrain.explain import decode
+from scaletrain.networks import mixture
+from scaletrain.objectives import base
+from scaletrain.objectives.base import Networks, Report, Request, RunView, Samples, completed
+from scaletrain.player import Batch, Turn
+
+_BATCH = 1024  # samples drawn at a time for the report
+
+
+class Config(ImageOptions):
+    """Options that all of them have."""
+
+    path: AnyPath | None = None
+    """The path from data to noise; by default the teacher's, or `cosine`."""
+    prediction: Prediction | None = None
+    """What the trained network predicts on it; by default what its teacher does, or `v` (of a mixture's student, `edm`).
+    """
+    data_std: float | None = Field(None, gt=0)
+    """For `edm`: the standard deviation of the data, by default the teacher's, or that of the first 1,000 samples."""
+    weighting: Weighting = "snr_plus_one"
+    """Of errors (see `scaletrain.diffusion.prediction.weight`)."""
+    condition: Literal["label"] | None = None
+    """What the network is told of each sample; a student, what its teacher is."""
+    clip: bool = False
+    """Keep the predicted x₀ in [-1, 1] while sampling."""
+    solver: Solver = "ddim"
+    """Of samples and, where it distils, of the teacher."""
+    guidance: float = Field(1.0, ge=0)
+    """Classifier-free guidance (Ho & Salimans, 2021) of samples and, where it distils, of the teacher; 1 is none."""
+    compare_at: list[int] = Field([1, 2, 4, 8], min_length=1)
+    """Steps at which the table of a run has the teacher too, besides its own."""
+    compare_samples: int | None = Field(None, ge=64)
+    """Samples behind each figure of the table, by default 2,048, and 12,000 of points."""
+
+
+C = TypeVar("C", bound=Config)
+
+
+class Objective(base.Objective[C], Generic[C]):
+    """Trains the network `trained`, from data or from what `teacher`, which is frozen, says."""
+
+    trained: ClassVar[str] = "student"
+    turns = (Turn("train", "student"),)
+    throughput = "samples"
+    tells: ClassVar[tuple[str, ...]] = ()
+    """What the trained network is told beside its condition: `guidance`, `target`."""
+    needs_teacher: ClassVar[bool] = True
+
+    def __init__(self, config: C, recipe: Recipe):
+        super().__init__(config, recipe)
+        self._classes: Classes | None = None
+        self._teacher: Signature | None = None
+        self._signature: Signature | None = None
+        spec = recipe.networks.get("teacher")
+        self._source: mixture.Mixture | None = None
+        self._exact = spec is not None and spec.type == "mixture"
+        if spec is None:
+            if self.needs_teacher:
+                raise UserError("networks.teacher is missing: say whom the student learns from.")
+            return
+        if self._exact:
+            self._source = mixture.Mixture(decode(mixture.Config, spec.config, "networks.teacher.config"))
+        elif spec.source is spec.path is None:
+            raise UserError("networks.teacher must have `from` or `path` for its weights, or be a `mixture`.")
+        if not spec.frozen and not self._exact:
+            raise UserError("networks.teacher must have `frozen: true`.")
+
+    # --- what the data tell -------------------------------------------------------------------------------------------
+
+    def restore(self, folders: Mapping[str, Path]) -> None:
+        """Take over how stored networks are called."""
+        if "teacher" in folders:
+            self._teacher = Signature.load(folders["teacher"])
+            self._draw_from(self._teacher)
+        if self.trained in folders:
+            self._signature = Signature.load(folders[self.trained])
+            self._draw_from(self._signature)
+            if (folders[self.trained] / "classes.json").exists():
+                self._classes = Classes.load(folders[self.trained])
+
+    def _draw_from(self, signature: Signature | None) -> None:
+        if self._source is None and signature is not None and signature.source is not None:
+            self._source = mixture.Mixture(signature.source)
+
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Find what is denoised, its shape and, where they are told, its classes. Raises UserError."""
+        config, before = self.config, self._teacher or self._signature
+        condition = config.condition or (before.condition if before else None)
+        space = self._space(train)
+        if "label" in train.columns and self._classes is None and (condition or self._source is None):
+            self._classes = Classes.find(train, "label")
+        if condition and self._classes is None and self._source is None:
+            train.require("label", "the class that the network is told")
+        if self._source is not None:
+            shape, found = self._source.shape, self._source.std
+            classes = len(self._source.means)
+        else:
+            classes = len(self._classes) if self._classes else 0
+            shape, found = self._measure(train, space, before)
+        reading = self._reading(found)
+        self._signature = Signature(
+            reading=reading,
+            space=space,
+            shape=shape,
+            condition=condition,
+            classes=classes if condition else 0,
+            dropped=before.dropped if before else False,
+            source=self._source.config if self._source else None,
+        )
+
+    def _space(self, rows: Rows) -> Space:
+        if "draw" in rows.columns:
+            if self._teacher is not None:
+                return self._teacher.space
+            if self._source is None:
+                raise UserError("data.train=noise:N is for objectives whose teacher tells what it denoises.")
+            return "point"
+        for space in ("image", "latent", "point"):
+            if space in rows.columns:
+                return space  # type: ignore[return-value]
+        rows.require("image", "what is denoised: `image`, `latent` or `point`")
+        raise AssertionError
+
+    def _measure(self, rows: Rows, space: Space, before: Signature | None) -> tuple[tuple[int, ...], float]:
+        """Return the shape of a sample, and the standard deviation of its values."""
+        if "draw" in rows.columns:
+            assert before is not None
+            return before.shape, before.reading.data_std
+        if space == "image":
+            shape: tuple[int, ...] = self.config.shape(rows)
+            some = self.config.pictures(rows.sample(1000), False, shape)  # type: ignore[arg-type]
+            values = some.batch(range(len(some)), np.zeros(len(some), np.uint64))["image"]
+        else:
+            values = points(rows.sample(1000), space).tensors[space]
+            shape = tuple(values.shape[1:])
+        return shape, float(values.double().std(correction=0))
+
+    def _reading(self, found: float) -> Reading:
+        """Return how the trained network is read. found: the standard deviation of the data."""
+        config, teacher = self.config, self._teacher
+        known = teacher.reading if teacher else None
+        if not self._exact and self.needs_teacher and known is None:
+            for key in ("path", "prediction"):
+                if getattr(config, key) is None:
+                    raise UserError(
+                        f"objective.{key}: the teacher does not say on which path it was trained and what it predicts; "
+                        f"give both, `objective.path` and `objective.prediction`."
+                    )
+        path = config.path or (known.path if known else Cosine())
+        fallback: Prediction = known.prediction if known else ("edm" if self._exact else "v")
+        std = config.data_std or (known.data_std if known else found)
+        return Reading(path=path, prediction=config.prediction or fallback, data_std=std)
+
+    @property
+    def signature(self) -> Signature:
+        """How the trained network is called, once the data or a checkpoint have told."""
+        assert self._signature is not None
+        return self._signature
+
+    def save_assets(self, network: str, folder: Path) -> None:
+        """Write how the trained network is called beside its weights, and the names of its classes."""
+        if network == self.trained:
+            self.signature.save(folder)
+            if self._classes is not None:
+                self._classes.save(folder)
+
+    def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
+        """Return what is denoised, with its class where there is one."""
+        if "draw" in rows.columns:
+            return draws(rows)
+        signature = self.signature
+        if signature.space == "image":
+            return self.config.pictures(rows, training, signature.shape, self._classes)  # type: ignore[arg-type]
+        return points(rows, signature.space)
+
+    # --- networks -----------------------------------------------------------------------------------------------------
+
+    def networks(self) -> dict[str, NetworkSpec]:
+        """Return the trained network and its teacher, if it has one."""
+        found = {self.trained: self.denoiser_spec(self.trained, self.tells)}
+        if "teacher" in self.recipe.networks:
+            found["teacher"] = self.recipe.networks["teacher"].model_copy(update={"frozen": True})
+        return found
+
+    def denoiser_spec(self, name: str, tells: tuple[str, ...] = ()) -> NetworkSpec:
+        """Return a denoiser of this name, which is told the shape of a sample and what else it will be called with."""
+        signature = self.signature
+        given = self.recipe.networks.get(name, NetworkSpec())
+        told = {"classes": signature.classes} if signature.condition else {}
+        told |= dict.fromkeys(tells, True)
+        if given.source or given.path:
+            return completed(self.recipe, name, "", **told).model_copy(update={"type": given.type})
+        if len(signature.shape) == 1:
+            return completed(self.recipe, name, "point_denoiser", dim=signature.shape[0], **told)
+        channels, height, width = signature.shape
+        return completed(self.recipe, name, "unet", channels=channels, height=height, width=width, **told)
+
+    def student(self, networks: Networks, batch: Batch | None = None) -> Denoiser:
+        """Read the trained network, told what a batch tells."""
+        return self.denoiser(networks[self.trained]).given(**self.told(batch or {}))
+
+    def denoiser(self, network: Callable[..., Tensor]) -> Denoiser:
+        """Read a network as the trained one is."""
+        return Denoiser(network, self.signature.reading, self.config.clip)
+
+    def teacher(self, networks: Networks, batch: Batch | None = None) -> Denoiser:
+        """Read the teacher on the path of the student, told what a batch tells, guided as the recipe says."""
+        found = self.teacher_of(networks["teacher"]).given(**self.told(batch or {}))
+        return self.guided(found) if self.config.guidance != 1 else found
+
+    def teacher_of(self, network: Callable[..., Tensor]) -> Denoiser:
+        """Read a teacher's network on the path of the student."""
+        own = self.signature.reading
+        if self._exact:
+            reading = own.model_copy(update={"prediction": "exact"})
+        else:
+            reading = self._teacher.reading if self._teacher else own
+        return Denoiser(network, reading, self.config.clip).along(own.path)
+
+    def guided(self, denoiser: Denoiser, scale: float | Tensor | None = None) -> Denoiser:
+        """Guide a denoiser by what it is told. Raises UserError where it was not trained without."""
+        signature = self._teacher or self.signature
+        if not self._exact and not signature.dropped:
+            raise UserError(
+                "objective.guidance: the teacher was not trained without its condition, so that it cannot be guided; "
+                "train it with `objective.dropout`, or leave `guidance` out."
+            )
+        null = {"label": torch.tensor(self.signature.classes)}
+        return denoiser.under(Guidance(self.config.guidance if scale is None else scale, null))
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def counts(self, turn: Turn, batch: Batch) -> dict[str, int]:
+        """Count samples."""
+        return {"samples": len(next(iter(batch.values())))}
+
+    def told(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what networks are told of a batch."""
+        return {"label": batch["label"]} if self.signature.condition and "label" in batch else {}
+
+    def data(self, batch: Batch) -> tuple[Tensor, Batch]:
+        """Return x₀ (B, ...), drawn from the mixture where a batch has none, and the batch with what that tells."""
+        if "draw" not in batch:
+            return batch[self.signature.space], batch
+        if self._source is None:
+            raise UserError("data.train=noise:N: this objective needs data, which its teacher cannot draw; give some.")
+        count, source = len(batch["draw"]), self._source.to(batch["draw"].device)
+        if self.signature.condition is None:
+            return source.draw(count), batch
+        label = torch.randint(self.signature.classes, (count,), device=batch["draw"].device)
+        return source.draw(count, label), {**batch, "label": label}
+
+    # --- samples ------------------------------------------------------------------------------------------------------
+
+    steps: int
+    """Of a sample, by default."""
+
+    def sampler(self, network: nn.Module) -> Sampler:
+        """Return how samples are drawn from the trained network: by default, by the solver along its path."""
+        return self.solve_with(self.denoiser(network))
+
+    def solve_with(self, denoiser: Denoiser) -> Sampler:
+        """Return what the recipe's solver makes of noise by a denoiser."""
+
+        def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
+            return sample(denoiser.given(**told), noise, steps, self.config.solver)
+
+        return draw
+
+    def sample(self, networks: Networks, request: Request) -> Samples:
+        """Draw pictures or points; with classes, each in turn."""
+        signature, generator = self.signature, request.generator
+        noise = torch.randn(request.count, *signature.shape, generator=generator, device=generator.device)
+        told = {}
+        if signature.condition:
+            told = {"label": torch.arange(request.count, device=noise.device) % signature.classes}
+        return self.shown(self.sampler(networks[self.trained])(noise, self.steps, told))  # type: ignore[arg-type]
+
+    def shown(self, x0: Tensor) -> Samples:
+        """Return x₀ as samples."""
+        return Samples(points=x0) if x0.dim() == 2 else Samples(images=(x0 + 1) / 2)
+
+    # --- the table ----------------------------------------------------------------------------------------------------
+
+    def samplers(self, view: RunView, stage: str) -> dict[int, Sampler]:
+        """Return what a stage of this objective has to show in the table, by the number of steps."""
+        sampler = self.sampler(view.network(stage, self.trained))
+        return dict.fromkeys(self.config.compare_at, sampler)
+
+    teacher_steps: int | None = None
+    """Of the teacher in the table, beside those of `compare_at`."""
+
+    def report(self, view: RunView) -> Report | None:
+        """Compare the first teacher of the run and all students, from the same noise, with real samples."""
+        if not self.needs_teacher:
+            return None
+        if self._source is None and view.data.eval is None:
+            return Report("No held-out samples to compare with: set data.eval or data.holdout.")
+        stages = {name: found for name in view.stages if isinstance(found := view.objective(name), Objective)}
+        stages = {name: found for name, found in stages.items() if found.needs_teacher}
+        first = next(iter(stages))
+        learned = stages[first]
+        network = view.network(first, "teacher")
+        teacher = learned.solve_with(learned.teacher({"teacher": network}))
+        students: dict[int, Sampler] = {}
+        for name, found in stages.items():
+            students |= found.samplers(view, name)
+        own = next((o.teacher_steps for o in stages.values() if o.teacher_steps), 64)
+        judge, shape = self._judge(view), self.signature.shape
+        count = self.config.compare_samples or (12_000 if self._source else 2048)
+        generator = torch.Generator(view.device).manual_seed(view.seed)
+        noise = torch.randn(count, *shape, generator=generator, device=view.device)
+        told: dict[str, Tensor] = {}
+        if self.signature.condition:
+            told = {"label": torch.arange(count, device=view.device) % self.signature.classes}
+        torch.manual_seed(view.seed)
+        wrap = _in_parts(self.signature.space == "image")
+        by_steps = {n: wrap(sampler) for n, sampler in students.items()}
+        return compare(wrap(teacher), own, by_steps, self.config.compare_at, noise, told, judge, self.shown)
+
+    def _judge(self, view: RunView) -> Judging:
+        if self._source is not None:
+            return ModesJudge(self._source.to(view.device), view.seed)
+        assert view.data.eval is not None
+        train, held = (_real(part, self.signature.space, view.device) for part in (view.data.train, view.data.eval))
+        return PictureJudge(train, held)
+
+
+def _in_parts(pictures: bool) -> Callable[[Sampler], Sampler]:
+    """Have a sampler take some samples at a time; pictures end in [-1, 1]."""
+
+    def wrap(sampler: Sampler) -> Sampler:
+        def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
+            parts = [
+                sampler(part, steps, {k: v[i * _BATCH :][: len(part)] for k, v in told.items()})
+                for i, part in enumerate(noise.split(_BATCH))
+            ]
+            return torch.cat(parts).clamp(-1, 1) if pictures else torch.cat(parts)
+
+        return draw
+
+    return wrap
+
+
+def _real(dataset: Dataset | Stream, space: Space, device: torch.device) -> Real:
+    assert isinstance(dataset, Dataset)  # one sample a row
+    count = min(len(dataset), 10_000)
+    batch = dataset.batch(range(count), np.arange(count, dtype=np.uint64))
+    return Real(batch[space].to(device), batch.get("label"))
