@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from itertools import pairwise
 from typing import Annotated, Literal, final
 
 import torch
@@ -104,9 +105,10 @@ class Cosine(Path):
     def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return dα/dt and dσ/dt: φ' (−σ, α)."""
         alpha, sigma = self.alpha_sigma(t)
-        angle, rate = self._angle(t), math.pi / 2 - 2 * _LEAST
+        angle = self._angle(t)
         # φ = atan(tan θ / shift), so dφ/dθ = shift / (shift² cos² θ + sin² θ).
-        rate = rate * self.shift / ((self.shift * torch.cos(angle)) ** 2 + torch.sin(angle) ** 2)
+        turned = self.shift / ((self.shift * torch.cos(angle)) ** 2 + torch.sin(angle) ** 2)
+        rate = (math.pi / 2 - 2 * _LEAST) * turned
         return -sigma * rate, alpha * rate
 
     def time_at(self, log_snr: Tensor) -> Tensor:
@@ -168,7 +170,7 @@ class Discrete(Path):
     @model_validator(mode="after")
     def _falling(self) -> Discrete:
         values = self.alphas_cumprod
-        if not (1 > values[0] and values[-1] > 0 and all(a > b for a, b in zip(values, values[1:], strict=False))):
+        if not (values[0] < 1 and values[-1] > 0 and all(a > b for a, b in pairwise(values))):
             raise ValueError("alphas_cumprod must fall from below 1 to above 0")
         return self
 

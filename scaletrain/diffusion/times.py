@@ -69,7 +69,5 @@ def _named(value: object) -> object:
     return {"type": value} if isinstance(value, str) else value
 
 
-Times = Annotated[
-    Annotated[Uniform | LogitNormal | LogNormal, Field(discriminator="type")], BeforeValidator(_named)
-]
+Times = Annotated[Annotated[Uniform | LogitNormal | LogNormal, Field(discriminator="type")], BeforeValidator(_named)]
 """A distribution of times in a recipe."""

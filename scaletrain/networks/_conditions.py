@@ -56,7 +56,11 @@ class Conditions(nn.Module):
                 nn.init.zeros_(module.weight)
 
     def forward(
-        self, features: Tensor, label: Tensor | None = None, guidance: Tensor | None = None, target: Tensor | None = None
+        self,
+        features: Tensor,
+        label: Tensor | None = None,
+        guidance: Tensor | None = None,
+        target: Tensor | None = None,
     ) -> Tensor:
         """Add what is told to features (B, size). A label that is not given is none; a guidance, 1; a target, 0."""
         if self.label is not None:

@@ -38,7 +38,7 @@ def build(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Pa
     being resumed. Weights that come from neither, nor from `path`, are drawn from torch's global generator.
     """
     if spec.adapter is None:
-        module = _merged(base) if base is not None and saved is None else _whole(name, spec, saved)
+        module = grown(name, _merged(base), spec) if base is not None and saved is None else _whole(name, spec, saved)
     elif base is not None and hasattr(base, "peft_config"):
         module = base  # goes on training the adapter that is there
         if saved:
@@ -46,7 +46,7 @@ def build(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Pa
     else:
         if base is not None and spec.adapter.merge:
             raise UserError(f"networks.{name}.adapter.merge is for a network that comes from `path`.")
-        whole = base_of(name, spec) if base is None else unrounded(base)
+        whole = base_of(name, spec) if base is None else grown(name, unrounded(base), spec)
         if saved:
             module = adapters().load_adapter(whole, saved, spec.adapter)
         else:
@@ -54,6 +54,32 @@ def build(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: Pa
             tokens = _new_tokens(name, spec) if base is None else range(0)
             module = adapters().add_adapter(whole, spec.adapter, tokens, lambda: base_of(name, plain))
     return _finished(name, module, spec)
+
+
+def grown(name: str, base: nn.Module, spec: NetworkSpec) -> nn.Module:
+    """Return a network that is told what its `config` adds to what `base`, which it goes on from, is told.
+
+    It answers as `base` does until the new parts are trained: these begin at 0. Raises UserError for a config that
+    makes another network; the first tensor that does not fit is named.
+    """
+    settings = getattr(base, "settings", None)
+    if not spec.config or settings is None:
+        return base
+    factory = importlib.import_module(type(base).__module__)
+    wanted = {**settings.model_dump(), **spec.config}
+    if wanted == settings.model_dump():
+        return base
+    module: nn.Module = factory.build(decode(factory.Config, wanted, f"networks.{name}.config"))
+    state, own = base.state_dict(), module.state_dict()
+    for key, value in state.items():
+        if key not in own or own[key].shape != value.shape:
+            is_ = f"{tuple(own[key].shape)}" if key in own else "not there"
+            raise UserError(
+                f"networks.{name}.config makes another network than the one that it goes on from: `{key}` is {is_}, "
+                f"there it is {tuple(value.shape)}. Leave `config` out, or `from`."
+            )
+    module.load_state_dict(state, strict=False)
+    return module
 
 
 def base_of(name: str, spec: NetworkSpec) -> nn.Module:
@@ -97,7 +123,7 @@ def outline(name: str, spec: NetworkSpec, base: nn.Module | None = None, saved: 
     """
     with _without_weights():
         if base is not None and (saved is None or spec.adapter is not None):
-            module = _merged(base) if spec.adapter is None else unrounded(base)
+            module = grown(name, _merged(base) if spec.adapter is None else unrounded(base), spec)
         else:
             module = _whole(name, spec, None if spec.adapter else saved, empty=True)
         if spec.adapter is not None and not hasattr(module, "peft_config"):

@@ -74,7 +74,7 @@ class Mixture(nn.Module):
 
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the distance of x (N, D) to the nearest mode, and which that is: (N,) each."""
-        return torch.cdist(x, self.means.to(x)).min(1)  # type: ignore[return-value]
+        return torch.cdist(x, self.means.to(x)).min(1)
 
 
 def _means(config: Config) -> Tensor:

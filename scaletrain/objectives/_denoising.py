@@ -6,7 +6,6 @@ from the teacher; and with classes, `label`.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, Generic, Literal, TypeVar
@@ -47,8 +46,7 @@ class Config(ImageOptions):
     path: AnyPath | None = None
     """The path from data to noise; by default the teacher's, or `cosine`."""
     prediction: Prediction | None = None
-    """What the trained network predicts on it; by default what its teacher does, or `v` (of a mixture's student, `edm`).
-    """
+    """What the trained network predicts there; by default what its teacher does, or `v` (of a mixture's, `edm`)."""
     data_std: float | None = Field(None, gt=0)
     """For `edm`: the standard deviation of the data, by default the teacher's, or that of the first 1,000 samples."""
     weighting: Weighting = "snr_plus_one"
@@ -76,8 +74,8 @@ class Objective(base.Objective[C], Generic[C]):
     trained: ClassVar[str] = "student"
     turns = (Turn("train", "student"),)
     throughput = "samples"
-    tells: ClassVar[tuple[str, ...]] = ()
-    """What the trained network is told beside its condition: `guidance`, `target`."""
+    tells: tuple[str, ...] = ()
+    """What the trained network is told beside its condition, of `guidance` and `target`."""
     needs_teacher: ClassVar[bool] = True
 
     def __init__(self, config: C, recipe: Recipe):
@@ -151,7 +149,7 @@ class Objective(base.Objective[C], Generic[C]):
             return "point"
         for space in ("image", "latent", "point"):
             if space in rows.columns:
-                return space  # type: ignore[return-value]
+                return space
         rows.require("image", "what is denoised: `image`, `latent` or `point`")
         raise AssertionError
 
@@ -308,7 +306,7 @@ class Objective(base.Objective[C], Generic[C]):
         told = {}
         if signature.condition:
             told = {"label": torch.arange(request.count, device=noise.device) % signature.classes}
-        return self.shown(self.sampler(networks[self.trained])(noise, self.steps, told))  # type: ignore[arg-type]
+        return self.shown(self.sampler(networks[self.trained])(noise, self.steps, told))
 
     def shown(self, x0: Tensor) -> Samples:
         """Return x₀ as samples."""
