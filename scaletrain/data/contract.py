@@ -81,9 +81,14 @@ def figures(tokens: Tokens, ends: Sequence[int]) -> Figures:
         stop = np.searchsorted(places, begins + lengths)
         told = stop > np.searchsorted(places, begins)
         ended[rows[told]] = np.isin(ids[places[stop[told] - 1]], np.asarray(ends))
+    return Figures(again(hashes), largest, ended)
+
+
+def again(hashes: npt.NDArray[Any]) -> Ints:
+    """Return which of these have been there before."""
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
-    return Figures(np.sort(order[1:][hashes[1:] == hashes[:-1]]), largest, ended)
+    return np.sort(order[1:][hashes[1:] == hashes[:-1]])
 
 
 def inspect(
