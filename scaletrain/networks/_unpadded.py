@@ -5,8 +5,9 @@ another, they stand in grids: of a few texts each, of about the same length. Of 
 token of each text, so that its queries and all that follows them are computed for those alone: of L layers, 10 / 12
 of the last one's products are left out. Gradients are those of the padded network up to rounding.
 
-A network made `unpadded` is called as before. It computes as its library does where hidden states or attentions are
-asked for, where it has a cache, where its attention is not torch's, or where `packs` is off.
+A network made `unpadded` is called as before, its inputs by name. It computes as its library does where hidden states
+or attentions are asked for, where it has a cache, where its attention is not torch's, where a first comparison of the
+two differs, and in `scaletrain plan`, which so counts the memory of padding.
 
 Shapes: B texts, T positions of the longest, N real tokens of all texts, H hidden size, D of a head. Texts are padded at
 the right.
@@ -15,7 +16,7 @@ the right.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import logging
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+log = logging.getLogger("scaletrain")
+
 FAMILIES = frozenset(f"{name}ForSequenceClassification" for name in ("Bert", "Camembert", "Electra", "Roberta"))
 FAMILIES |= {"XLMRobertaForSequenceClassification"}
 """What is known to have these layers, and a head that reads the first token."""
@@ -33,6 +36,8 @@ Ints = npt.NDArray[np.int64]
 
 TEXTS = 8
 """Texts of a grid on a CPU. A GPU, which likes few large products better, takes all in one."""
+_PROBE = 4
+"""Texts on which a network is compared with itself."""
 
 
 def unpadded(model: nn.Module) -> nn.Module:
@@ -44,6 +49,7 @@ def unpadded(model: nn.Module) -> nn.Module:
         layer.__class__ = _derived(Layer, type(layer))
     encoder.__class__ = _derived(Encoder, type(encoder))
     model.__class__ = _derived(Unpadded, type(model))
+    model.packs = None  # type: ignore[assignment]
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
@@ -51,29 +57,60 @@ def unpadded(model: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def _derived(first: type, cls: type) -> Any:
-    """Return a subclass of the same name, with `first` before it."""
-    return type(cls.__name__, (first, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+def _derived(first: type, cls: Any) -> Any:
+    """Return a subclass of the same name and signature, with `first` before it."""
+
+    class Found(first, cls):  # type: ignore[misc, valid-type]
+        @functools.wraps(cls.forward)  # peft looks at the signature
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    Found.__name__, Found.__qualname__, Found.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    return Found
 
 
 class Unpadded:
     """What comes before a classifier's class.
 
-    packs: whether it may compute without padding. What is compiled for each shape anew should not.
+    packs: whether it computes without padding; None before that was compared with how its library computes. What is
+    compiled should not: the shapes of each batch are new.
     """
 
-    packs: bool = True
+    packs: bool | None = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the network."""
         model: Any = self
         asked = any(kwargs.get(name) or getattr(model.config, name, False) for name in _STATES)
-        if self.packs and not asked and model.config._attn_implementation == "sdpa":
-            kwargs["unpadded"] = True
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        inputs = [value for value in kwargs.values() if isinstance(value, Tensor)]
+        unread = not inputs or inputs[0].untyped_storage().device.type == "meta"  # as `scaletrain plan` has them
+        if args or asked or unread or self.packs is False or model.config._attn_implementation != "sdpa":
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if self.packs is None:
+            self.packs = _agrees(model, super().forward, kwargs)  # type: ignore[misc]
+        return super().forward(**kwargs, unpadded=self.packs)  # type: ignore[misc]
 
 
 _STATES = ("output_hidden_states", "output_attentions")
+
+
+def _agrees(model: nn.Module, forward: Any, kwargs: dict[str, Any]) -> bool:
+    """Compare logits with and without padding, on the first texts of a batch and without dropout. A difference is
+    said."""
+    some = {name: value[:_PROBE] if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+    modes = [module.training for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            padded, packed = (forward(**some, unpadded=way).logits for way in (False, True))
+    finally:
+        for module, mode in zip(model.modules(), modes, strict=True):
+            module.training = mode
+    half = torch.is_autocast_enabled(packed.device.type) or packed.dtype in (torch.float16, torch.bfloat16)
+    same = bool((padded - packed).abs().max() <= (3e-2 if half else 1e-3) * padded.abs().max())
+    if not same:
+        log.warning("%s computes in a way of its own: texts stay padded, which takes more time", type(model).__name__)
+    return same
 
 
 class Encoder:
@@ -235,13 +272,12 @@ def _moved(rows: Tensor, into: Tensor, back: Tensor) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """Dropout that draws 16 bits for each element on a CPU: several times as fast there, where drawing is most of it."""
+    """Dropout that draws 16 bits for each element on a CPU, where drawing is most of it: several times as fast."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements in training."""
-        if not self.training or not self.p or self.inplace or input.device.type != "cpu":
-            return super().forward(input)
-        return dropped(input, self.p)
+        drops = self.training and 0 < self.p < 1 and input.device.type == "cpu"
+        return dropped(input, self.p) if drops and not torch.compiler.is_compiling() else super().forward(input)
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
