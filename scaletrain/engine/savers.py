@@ -52,7 +52,7 @@ def save(spec: TrainSpec, networks: Mapping[str, nn.Module], device: torch.devic
         found = blocks(network)
         for module in network.modules() if spec.compile != "off" else ():
             if hasattr(module, "packs"):  # into shapes that differ from batch to batch: each would be compiled anew
-                module.packs = False
+                module.packs = False  # type: ignore[assignment]
         if spec.recompute != "off" and not found:
             raise UserError(f"train.recompute: network `{name}` has no list of blocks to recompute; set it to off.")
         for block in found.values():

@@ -40,16 +40,16 @@ _PROBE = 4
 """Texts on which a network is compared with itself."""
 
 
-def unpadded(model: nn.Module) -> nn.Module:
+def unpadded(model: Any) -> Any:
     """Have a classifier compute without padding, where it is of a family that this knows; in place."""
-    if isinstance(model, Unpadded) or type(model).__name__ not in FAMILIES or model.config.is_decoder:  # type: ignore[union-attr]
+    if isinstance(model, Unpadded) or type(model).__name__ not in FAMILIES or model.config.is_decoder:
         return model
     encoder: Any = getattr(model, str(model.base_model_prefix)).encoder
     for layer in encoder.layer:
-        layer.__class__ = _derived(Layer, type(layer))
-    encoder.__class__ = _derived(Encoder, type(encoder))
-    model.__class__ = _derived(Unpadded, type(model))
-    model.packs = None  # type: ignore[assignment]
+        layer.__class__ = _derived(Layer, layer.__class__)
+    encoder.__class__ = _derived(Encoder, encoder.__class__)
+    model.__class__ = _derived(Unpadded, model.__class__)
+    model.packs = None
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = Dropout
@@ -60,7 +60,7 @@ def unpadded(model: nn.Module) -> nn.Module:
 def _derived(first: type, cls: Any) -> Any:
     """Return a subclass of the same name and signature, with `first` before it."""
 
-    class Found(first, cls):  # type: ignore[misc, valid-type]
+    class Found(first, cls):  # type: ignore[misc]
         @functools.wraps(cls.forward)  # peft looks at the signature
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
@@ -210,8 +210,9 @@ class Grids:
             masks.append(torch.from_numpy(np.where(real, 0.0, -np.inf)[:, None]).to(like))
         flat = np.concatenate(into)
         back = np.argsort(flat, kind="stable")[:total]
-        tensors = (torch.from_numpy(a).to(like.device) for a in (flat, back, order, np.argsort(order), firsts))
-        return cls(*tensors, shapes=tuple(shapes), masks=tuple(masks), heads=heads)
+        arrays = {"into": flat, "back": back, "order": order, "inverse": np.argsort(order), "firsts": firsts}
+        tensors = {name: torch.from_numpy(array).to(like.device) for name, array in arrays.items()}
+        return cls(**tensors, shapes=tuple(shapes), masks=tuple(masks), heads=heads)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float, first: bool) -> Tensor:
         """Return what each token sees of its text, (N, H); first: what first tokens see, whose queries are (B, H).
@@ -226,11 +227,11 @@ class Grids:
             query = Moved.apply(query.view(-1, width), self.into, self.back)
         sizes = [texts * self.heads * places for texts, places in self.shapes]
         asking = [texts * self.heads for texts, _ in self.shapes] if first else sizes
-        parts = zip(self.masks, query.split(asking), key.split(sizes), value.split(sizes), strict=True)
-        seen = [
-            _attention(*(x.view(len(mask), -1, width) for x in grid), mask, dropout, scale).view(-1, width)
-            for mask, *grid in parts
-        ]
+        grids = zip(query.split(asking), key.split(sizes), value.split(sizes), self.masks, strict=True)
+        seen = []
+        for q, k, v, mask in grids:
+            q, k, v = (x.view(len(mask), -1, width) for x in (q, k, v))
+            seen.append(_attention(q, k, v, mask, dropout, scale).view(-1, width))
         out = torch.cat(seen)
         if first:
             return out.view(len(self.order), -1).index_select(0, self.inverse)
@@ -293,7 +294,7 @@ class _Dropped(torch.autograd.Function):
         keep = (bits.view(torch.int16)[: x.numel()] >= least).view(x.shape)
         ctx.save_for_backward(keep)
         ctx.scale = 1 / (1 - p)
-        return torch.ops.aten.native_dropout_backward(x, keep, ctx.scale)  # type: ignore[no-any-return]
+        return torch.ops.aten.native_dropout_backward(x, keep, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
