@@ -60,7 +60,7 @@ def unpadded(model: Any) -> Any:
 def _derived(first: type, cls: Any) -> Any:
     """Return a subclass of the same name and signature, with `first` before it."""
 
-    class Found(first, cls):  # type: ignore[misc]
+    class Found(first, cls):
         @functools.wraps(cls.forward)  # peft looks at the signature
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
