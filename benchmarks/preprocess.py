@@ -4,7 +4,8 @@
 
 Makes so many rows of those that are given, each with a number of its own, and prepares them for training twice, each
 time in a new process: first tokenised, then from the cache. Without `--tokenizer`, a byte-level BPE of 8,192 tokens is
-trained on 3,000 rows before. `anonymous` is what the process holds beside mapped files, at its peak.
+trained on 3,000 rows before. `anonymous` is what the process holds beside mapped files: when all is imported, and at
+its peak.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ def make(rows: Path, count: int, out: Path) -> None:
             file.write(json.dumps(changed, ensure_ascii=False) + "\n")
 
 
-def memory(peak: dict[str, float]) -> None:
-    """Follow what this process holds, in MiB."""
+def memory() -> dict[str, float]:
+    """Return what this process holds, in MiB."""
+    fields = (line.partition(":")[::2] for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(value.split()[0]) / 1024 for name, value in fields if name in ("RssAnon", "VmHWM")}
+
+
+def follow(peak: dict[str, float]) -> None:
     while True:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in ("RssAnon", "VmHWM"):
-                peak[name] = max(peak.get(name, 0.0), int(value.split()[0]) / 1024)
-        time.sleep(0.05)
+        for name, value in memory().items():
+            peak[name] = max(peak.get(name, 0.0), value)
+        time.sleep(0.01)
 
 
 def prepare(rows: Path, tokenizer: Path, seq_len: int, packing: bool) -> None:
@@ -55,8 +59,8 @@ def prepare(rows: Path, tokenizer: Path, seq_len: int, packing: bool) -> None:
     objective = objective_of(recipe)
     import transformers.models.llama  # noqa: F401  # imports are no part of what is measured
 
-    peak: dict[str, float] = {}
-    threading.Thread(target=memory, args=(peak,), daemon=True).start()
+    before, peak = memory()["RssAnon"], dict[str, float]()
+    threading.Thread(target=follow, args=(peak,), daemon=True).start()
     began = time.perf_counter()
     data = prepare(objective, recipe)
     seconds = time.perf_counter() - began
@@ -64,7 +68,7 @@ def prepare(rows: Path, tokenizer: Path, seq_len: int, packing: bool) -> None:
         print("\n".join(f"  {line}" for line in found.lines), file=sys.stderr)
     contract = time.perf_counter() - began - seconds
     time.sleep(0.1)
-    print(json.dumps({"seconds": seconds, "contract": contract, **peak}))
+    print(json.dumps({"seconds": seconds, "contract": contract, "before": before, **peak}))
 
 
 def main() -> None:
@@ -99,7 +103,8 @@ def main() -> None:
             found = json.loads(done.stdout)
             print(
                 f"{start:6} start: {found['seconds']:7.1f} s ({given.rows / found['seconds']:,.0f} rows/s), contract "
-                f"{found['contract']:.1f} s, peak {found['VmHWM']:,.0f} MiB, anonymous {found['RssAnon']:,.0f} MiB"
+                f"{found['contract']:.1f} s, peak {found['VmHWM']:,.0f} MiB, anonymous {found['before']:,.0f} to "
+                f"{found['RssAnon']:,.0f} MiB"
             )
 
 

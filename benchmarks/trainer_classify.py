@@ -131,7 +131,7 @@ def theirs(o: dict[str, Any]) -> Figures:
         remove_columns=[c for c in rows.column_names if c != "label"],
     )
     rows = rows.map(lambda some: {"length": [len(ids) for ids in some["input_ids"]]}, batched=True)
-    collate, seen = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8), [0]
+    collate, seen = DataCollatorWithPadding(tokenizer), [0]
 
     def counting(examples: Any) -> Any:
         batch = collate(examples)

@@ -21,10 +21,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot do."""
+    """Skip, with the reason, what this machine cannot do; with several workers, keep tests of several processes in one
+    of them, and each file of unit tests.
+    """
     import torch
 
     for item in items:
+        folder = item.path.parent.name
+        if folder != "recipes":
+            processes = folder in ("distributed", "chaos")
+            item.add_marker(pytest.mark.xdist_group("processes" if processes else str(item.path)))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         if item.get_closest_marker("network") and os.environ.get("HF_HUB_OFFLINE") == "1":

@@ -9,6 +9,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from scaletrain.errors import UserError
 
@@ -40,6 +44,13 @@ def cached(kind: str, key: str, write: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise UserError(f"the cache cannot be written: {error}. Set SCALETRAIN_CACHE to another folder.") from error
     return folder
+
+
+def mapped(path: str | Path, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Map a file of numbers, (n,), for reading: its pages are the system's, and take no memory of the process."""
+    if not os.path.getsize(path):
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, "r"))  # the class itself makes every index and slice slow
 
 
 @contextlib.contextmanager

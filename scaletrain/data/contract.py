@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from scaletrain.data.formats import Documents, Format
 from scaletrain.data.order import key_of
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from scaletrain.data.sources import Rows
 
-TOKENS_AT_ONCE = 1 << 20
 OFFICIAL_ROWS = 64
 """Rows whose tokens are compared with the official template's."""
 FIRST = 2
@@ -44,48 +44,51 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of N rows, each (N,)."""
+    """Of N rows."""
 
-    hashes: np.ndarray
-    """uint64 of the tokens; equal rows have equal ones."""
-    largest: Ints
-    """The largest token id; -1 of a row without tokens."""
-    ended: np.ndarray
-    """bool: the last token that is learned ends a text or a turn."""
-
-    def again(self) -> Ints:
-        """Return the rows that have been there before."""
-        _, first = np.unique(self.hashes, return_index=True)
-        return np.setdiff1d(np.arange(len(self.hashes)), first)
+    again: Ints
+    """Which have been there before: (K,)."""
+    largest: npt.NDArray[np.int32]
+    """(N,) the largest token id; -1 of a row without tokens."""
+    ended: npt.NDArray[np.bool_]
+    """(N,) the last token that is learned ends a text or a turn."""
 
 
 def figures(tokens: Tokens, ends: Sequence[int]) -> Figures:
-    """Count over all rows. ends: the tokens that end a text or a turn."""
+    """Count over all rows; those with the same hash of 64 bits are taken for the same.
+
+    ends: the tokens that end a text or a turn.
+    """
     count = len(tokens.lengths)
-    found = Figures(np.zeros(count, np.uint64), np.full(count, -1, np.int64), np.zeros(count, bool))
+    hashes, largest, ended = np.zeros(count, np.uint64), np.full(count, -1, np.int32), np.zeros(count, bool)
     draw = np.random.Generator(np.random.Philox(key=key_of("rows that occur again")))
     vocabulary = int(tokens.ids.max(initial=0)) + 1
     of_token = draw.integers(0, 1 << 64, vocabulary, np.uint64)
     of_place = draw.integers(0, 1 << 64, int(tokens.lengths.max(initial=0)), np.uint64) | np.uint64(1)
-    steps = np.arange(0, int(tokens.offsets[-1]), TOKENS_AT_ONCE)
-    cuts = np.unique([*np.searchsorted(tokens.offsets, steps).tolist(), count]).tolist()
-    for start, after in zip([0, *cuts], cuts, strict=False):
-        offsets = tokens.offsets[start : after + 1]
-        rows = start + np.flatnonzero(np.diff(offsets))
-        first, last = int(offsets[0]), int(offsets[-1])
-        if not len(rows):
+    for run in tokens.runs():
+        offsets = tokens.offsets[run.start : run.stop + 1]
+        lengths = np.diff(offsets)
+        some = np.flatnonzero(lengths)
+        if not len(some):
             continue
-        ids = np.asarray(tokens.ids[first:last])
-        begins = tokens.offsets[rows] - first
-        lengths = tokens.lengths[rows]
+        first, last = int(offsets[0]), int(offsets[-1])
+        rows, begins, lengths = run.start + some, offsets[some] - first, lengths[some]
+        ids = tokens.ids[first:last]
         place = np.arange(len(ids)) - np.repeat(begins, lengths)
-        found.hashes[rows] = np.add.reduceat(of_token[ids] * of_place[place], begins)
-        found.largest[rows] = np.maximum.reduceat(ids, begins)
+        hashes[rows] = np.add.reduceat(of_token[ids] * of_place[place], begins)
+        largest[rows] = np.maximum.reduceat(ids, begins)
         places = np.arange(len(ids)) if tokens.marks is None else np.flatnonzero(tokens.marks[first:last])
         stop = np.searchsorted(places, begins + lengths)
-        some = stop > np.searchsorted(places, begins)
-        found.ended[rows[some]] = np.isin(ids[places[stop[some] - 1]], np.asarray(ends))
-    return found
+        told = stop > np.searchsorted(places, begins)
+        ended[rows[told]] = np.isin(ids[places[stop[told] - 1]], np.asarray(ends))
+    return Figures(again(hashes), largest, ended)
+
+
+def again(hashes: npt.NDArray[Any]) -> Ints:
+    """Return which of these have been there before."""
+    order = np.argsort(hashes, kind="stable")
+    hashes = hashes[order]
+    return np.sort(order[1:][hashes[1:] == hashes[:-1]])
 
 
 def inspect(
@@ -108,17 +111,16 @@ def inspect(
     wrong: list[str] = []
     some = partial(some_of, rows)
 
-    whole = learned(tokens, np.maximum(lengths - 1, 0))
+    whole = learned(tokens)
     told = int(whole.sum())
-    again = seen.again()
     lines = [
         f"{count:,} rows, {len(tokens.ids):,} tokens, of which {told:,} ({told / max(1, len(tokens.ids)):.0%}) are "
-        f"learned; {some(again)} occur again",
+        f"learned; {some(seen.again)} occur again",
         lengths_in_words(lengths),
     ]
     answers = not any(isinstance(fmt, Documents) for fmt in fmts)
     if answers:
-        kept = learned(tokens, np.clip(lengths - 1, 0, seq_len))
+        kept = learned(tokens, seq_len)
         cut, lost, none = (
             np.flatnonzero(which) for which in (lengths - 1 > seq_len, (kept == 0) & (whole > 0), whole == 0)
         )

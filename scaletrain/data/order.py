@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 Int = npt.NDArray[np.int64]
 _ROUNDS = 6
+_AT_ONCE = 1 << 16
 
 
 def key_of(*parts: object) -> int:
@@ -54,7 +55,10 @@ def permute(index: Int, size: int, key: int) -> Int:
 
 def permutation(size: int, key: int) -> Int:
     """Return the whole permutation of 0..size-1 under `key`."""
-    return permute(np.arange(size), size, key)
+    out = np.empty(size, np.int64)
+    for start in range(0, size, _AT_ONCE):  # so that what `permute` needs meanwhile is small
+        out[start : start + _AT_ONCE] = permute(np.arange(start, min(start + _AT_ONCE, size)), size, key)
+    return out
 
 
 def seeds(position: Int, key: int) -> npt.NDArray[np.uint64]:

@@ -11,6 +11,7 @@ import numpy as np
 from scaletrain.data.contract import (
     OFFICIAL_ROWS,
     Inspection,
+    again,
     ends_of,
     fill,
     histogram,
@@ -81,9 +82,8 @@ def inspect(
 def _again(sequences: Sequence[Sequences]) -> Ints:
     """Return the rows whose prompt and answers have been there before."""
     parts = [spans for s in sequences for spans in s]
-    seen = [hash(tuple(p.at(i).tobytes() for p in parts)) for i in range(len(parts[0].lengths))]
-    _, first = np.unique(seen, return_index=True)
-    return np.setdiff1d(np.arange(len(seen)), first)
+    count = len(parts[0].lengths)
+    return again(np.fromiter((hash(tuple(p.at(i).tobytes() for p in parts)) for i in range(count)), np.int64, count))
 
 
 def _outside(sequences: Sequence[Sequences], limit: int) -> Ints:

@@ -154,21 +154,31 @@ class Sequences(NamedTuple):
         Of a sequence without a prompt, the first token of the answer is the prompt. An answer may have no tokens.
         """
         assert tokens.marks is not None
-        begins, stops = tokens.offsets[:-1], tokens.offsets[1:]
-        # A boundary of sequences stands between two stretches, whatever the marks at its sides.
-        changes = np.flatnonzero(np.diff(tokens.marks)) + 1
-        bounds = np.unique(np.concatenate([tokens.offsets, changes]))
-        marked = bounds[:-1][tokens.marks[bounds[:-1]] == 1] if len(bounds) > 1 else bounds[:0]
-        last = np.searchsorted(marked, stops) - 1
-        found = (last >= 0) & (marked[last] >= begins) if len(marked) else np.zeros(len(begins), bool)
-        starts = np.where(found, marked[last] if len(marked) else 0, stops)
-        ends = np.where(found, bounds[np.minimum(np.searchsorted(bounds, starts, "right"), len(bounds) - 1)], stops)
-        starts = np.minimum(np.maximum(starts, begins + 1), ends)
-        return cls(Spans(tokens.ids, begins, starts), Spans(tokens.ids, starts, ends))
+        starts, ends = np.empty((2, len(tokens.offsets) - 1), np.int64)
+        for run in tokens.runs():
+            offsets = tokens.offsets[run.start : run.stop + 1]
+            first = offsets[0]
+            own = _last_stretches(tokens.marks[first : offsets[-1]], offsets - first)
+            starts[run], ends[run] = own[0] + first, own[1] + first
+        return cls(Spans(tokens.ids, tokens.offsets[:-1], starts), Spans(tokens.ids, starts, ends))
 
     def take(self, rows: Ints) -> Sequences:
         """Return those of some rows."""
         return Sequences(self.prompts.take(rows), self.answers.take(rows))
+
+
+def _last_stretches(marks: npt.NDArray[np.uint8], offsets: Ints) -> tuple[Ints, Ints]:
+    """Return where the answers of N sequences begin and end: each (N,). offsets: (N + 1,) where sequences begin."""
+    begins, stops = offsets[:-1], offsets[1:]
+    # A boundary of sequences stands between two stretches, whatever the marks at its sides.
+    changes = np.flatnonzero(np.diff(marks)) + 1
+    bounds = np.unique(np.concatenate([offsets, changes]))
+    marked = bounds[:-1][marks[bounds[:-1]] == 1] if len(bounds) > 1 else bounds[:0]
+    last = np.searchsorted(marked, stops) - 1
+    found = (last >= 0) & (marked[last] >= begins) if len(marked) else np.zeros(len(begins), bool)
+    starts = np.where(found, marked[last] if len(marked) else 0, stops)
+    ends = np.where(found, bounds[np.minimum(np.searchsorted(bounds, starts, "right"), len(bounds) - 1)], stops)
+    return np.minimum(np.maximum(starts, begins + 1), ends), ends
 
 
 # --- from tokens to batches -------------------------------------------------------------------------------------------

@@ -6,25 +6,26 @@ import hashlib
 import io
 import json
 import os
+import struct
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, final
+from typing import Any, BinaryIO, ClassVar, NamedTuple, Protocol, final
 
 import numpy as np
 import numpy.typing as npt
 
-from scaletrain.data.cache import cached, content_key
+from scaletrain.data.cache import cached, content_key, mapped
 from scaletrain.data.store import COMPRESSED, attempt, decompressed
 from scaletrain.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 INDEXED_BYTES = 16 << 20
 """From which size on the index of a JSON Lines file is kept in the cache."""
+_LINE = struct.Struct("=3q")
 
 
 class File(NamedTuple):
@@ -381,21 +382,21 @@ class JsonLinesTable(Table):
 
     def __init__(self, file: File):
         self.label, self.folder, self._file = file.label, file.folder, file
-        mapped = file.local and not file.path.lower().endswith(COMPRESSED) and os.path.getsize(file.path) > 0
-        content = None if mapped else file.content()
-        self._content: np.ndarray = (
-            np.memmap(file.path, np.uint8, "r") if content is None else np.frombuffer(content, np.uint8)
-        )
+        plain = file.local and not file.path.lower().endswith(COMPRESSED)
+        content = None if plain else file.content()
+        self._content = mapped(file.path, np.uint8) if content is None else np.frombuffer(content, np.uint8)
         if len(self._content) < INDEXED_BYTES:
-            lines, self.columns = self._scan(content)
+            lines = io.BytesIO()
+            self.columns = self._scan(content, lines)
+            self._lines: Ints = np.frombuffer(lines.getvalue(), np.int64).reshape(-1, 3)
         else:
-            folder = cached("lines", content_key("lines", self.digest), lambda f: self._keep(f, content))
-            lines, self.columns = np.load(folder / "lines.npy"), tuple(json.loads((folder / "keys.json").read_text()))
-        self._numbers, self._starts, self._ends = lines
+            key = content_key("number, start, end", self.digest)
+            folder = cached("lines", key, lambda f: self._keep(f, content))
+            self.columns = tuple(json.loads((folder / "keys.json").read_text()))
+            self._lines = mapped(folder / "lines.bin", np.int64).reshape(-1, 3)
 
-    def _scan(self, content: bytes | None) -> tuple[Ints, tuple[str, ...]]:
-        """Parse every line: of each that is no empty one (3, N) its number, start and end; and the keys of all."""
-        numbers, starts, ends = array("q"), array("q"), array("q")
+    def _scan(self, content: bytes | None, lines: BinaryIO) -> tuple[str, ...]:
+        """Parse every line, and write number, start and end of each that is no empty one. Return the keys of all."""
         columns: dict[str, None] = {}
         end = 0
         with open(self._file.path, "rb") if content is None else io.BytesIO(content) as stream:
@@ -403,23 +404,21 @@ class JsonLinesTable(Table):
                 start, end = end, end + len(line)
                 if line.strip():
                     columns.update(dict.fromkeys(parse_line(line, self.label, number)))
-                    numbers.append(number)
-                    starts.append(start)
-                    ends.append(end)
-        return np.array([numbers, starts, ends], np.int64), tuple(columns)
+                    lines.write(_LINE.pack(number, start, end))
+        return tuple(columns)
 
     def _keep(self, folder: Path, content: bytes | None) -> None:
-        lines, columns = self._scan(content)
-        np.save(folder / "lines.npy", lines)
+        with (folder / "lines.bin").open("wb") as lines:
+            columns = self._scan(content, lines)
         (folder / "keys.json").write_text(json.dumps(columns))
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._lines)
 
     def parse(self, index: int) -> dict[str, Any]:
         """Return one row as it is in the file."""
-        line = self._content[self._starts[index] : self._ends[index]].tobytes()
-        return parse_line(line, self.label, self._numbers[index])
+        number, start, end = self._lines[index].tolist()
+        return parse_line(self._content[start:end].tobytes(), self.label, number)
 
     def column(self, name: str) -> Sequence[Any]:
         """Return the values of one key."""
@@ -432,7 +431,7 @@ class JsonLinesTable(Table):
 
     def name(self, index: int) -> str:
         """Say which line, counted from 1 as editors do."""
-        return f"{self.label} line {self._numbers[index]}"
+        return f"{self.label} line {self._lines[index, 0]}"
 
     @cached_property
     def digest(self) -> str:

@@ -23,9 +23,9 @@ import numpy.typing as npt
 import torch
 
 from scaletrain.data import chats, formats, tokenizers, turns
-from scaletrain.data.cache import cached, content_key
+from scaletrain.data.cache import cached, content_key, mapped
 from scaletrain.data.dataset import Dataset, Example
-from scaletrain.data.packing import Packs, best_fit_decreasing, positions
+from scaletrain.data.packing import best_fit_decreasing, positions
 from scaletrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ IGNORE = -100
 MULTIPLE = 8
 """Batches are padded to a multiple of so many positions: tensor cores want it."""
 ROWS_AT_ONCE = 1000
+TOKENS_AT_ONCE = 1 << 17
+"""Of what is computed for all tokens: few enough that its arrays stay in a processor's cache."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -57,6 +59,12 @@ class Tokens(NamedTuple):
         """(N,) tokens of each sequence."""
         return np.diff(self.offsets)
 
+    def runs(self) -> Iterator[slice]:
+        """Yield all sequences as slices of their numbers, each of about TOKENS_AT_ONCE tokens or of one sequence."""
+        steps = np.arange(0, int(self.offsets[-1]), TOKENS_AT_ONCE)
+        cuts = np.unique([0, *np.searchsorted(self.offsets, steps).tolist(), len(self.offsets) - 1])
+        yield from map(slice, cuts[:-1].tolist(), cuts[1:].tolist())
+
 
 def tokenise(rows: Rows, *fmts: formats.Format) -> Tokens:
     """Tokenise every row, once for the same content, tokenizer, formats and code; processes share the result.
@@ -64,16 +72,12 @@ def tokenise(rows: Rows, *fmts: formats.Format) -> Tokens:
     fmts: one, or one for each of `rows.alike()`. Raises UserError that names the row.
     """
     code = [inspect.getsource(module) for module in (chats, formats, tokenizers, turns)]
-    key = content_key(rows.fingerprint, tokenizers.identity(fmts[0].tokenizer), [fmt.options for fmt in fmts], code)
+    made_by = tokenizers.identity(fmts[0].tokenizer), [fmt.options for fmt in fmts], code
+    key = content_key("ids, marks, offsets", rows.fingerprint, *made_by)
     folder = cached("tokens", key, partial(_write, rows, fmts))
     meta = json.loads((folder / "tokens.json").read_text())
-
-    def mapped(name: str, dtype: str) -> npt.NDArray[Any]:
-        path = folder / name
-        return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
-
-    marks = mapped("marks.bin", "u1") if meta["marks"] else None
-    return Tokens(mapped("ids.bin", meta["dtype"]), marks, np.load(folder / "offsets.npy"))
+    marks = mapped(folder / "marks.bin", np.uint8) if meta["marks"] else None
+    return Tokens(mapped(folder / "ids.bin", meta["dtype"]), marks, mapped(folder / "offsets.bin", np.int64))
 
 
 def encode(rows: Rows, *fmts: formats.Format) -> Tokens:
@@ -106,17 +110,21 @@ def _marks(done: formats.Encoded) -> npt.NDArray[np.uint8]:
 
 def _write(rows: Rows, fmts: Sequence[formats.Format], folder: Path) -> None:
     dtype = "<u2" if len(fmts[0].tokenizer) <= 1 << 16 else "<i4"
-    offsets, place, marked = np.zeros(len(rows) + 1, np.int64), 0, False
-    with (folder / "ids.bin").open("wb") as ids, (folder / "marks.bin").open("wb") as marks:
+    total, marked = 0, False
+    with (
+        (folder / "ids.bin").open("wb") as ids,
+        (folder / "marks.bin").open("wb") as marks,
+        (folder / "offsets.bin").open("wb") as offsets,
+    ):
+        offsets.write(np.zeros(1, np.int64).tobytes())
         for done in _encoded(rows, fmts):
-            lengths = np.fromiter(map(len, done.ids), np.int64)
-            offsets[place + 1 : place + 1 + len(lengths)] = lengths
-            place += len(lengths)
-            ids.write(np.fromiter(chain.from_iterable(done.ids), dtype, int(lengths.sum())).tobytes())
+            ends = total + np.cumsum(np.fromiter(map(len, done.ids), np.int64))
+            offsets.write(ends.tobytes())
+            count, total = int(ends[-1]) - total, int(ends[-1])
+            ids.write(np.fromiter(chain.from_iterable(done.ids), dtype, count).tobytes())
             if done.marks is not None or len(fmts) > 1:
                 marked = True
                 marks.write(_marks(done).tobytes())
-    np.save(folder / "offsets.npy", offsets.cumsum())
     (folder / "tokens.json").write_text(json.dumps({"dtype": dtype, "marks": marked}))
 
 
@@ -231,18 +239,15 @@ class Samples(LanguageDataset):
 
     def __init__(self, tokens: Tokens, rows: Rows, seq_len: int, fill: int, packed: bool, empty: bool = False):
         super().__init__(tokens, rows, seq_len, fill, packed)
-        places = np.minimum(tokens.lengths - 1, seq_len)
-        kept = np.flatnonzero(learned(tokens, places) > 0)
+        kept = np.flatnonzero(learned(tokens, seq_len))
         if not empty:
             _say_losses(rows, tokens.lengths, kept, seq_len)
-        self._places = np.maximum(places, 0)
-        packs = (
-            best_fit_decreasing(places[kept], seq_len)
-            if packed
-            else Packs(np.arange(len(kept)), np.arange(len(kept) + 1))
-        )
-        self._order, self._starts = kept[packs.order], packs.starts
-        self.tokens_per_example = float(places[kept].sum() / max(1, len(self)))
+        self._places = places(tokens.lengths, seq_len)
+        self._order, self._starts = kept, np.arange(len(kept) + 1)
+        if packed:
+            packs = best_fit_decreasing(self._places[kept], seq_len)
+            self._order, self._starts = kept[packs.order], packs.starts
+        self.tokens_per_example = float(self._places[kept].sum() / max(1, len(self)))
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -253,7 +258,7 @@ class Samples(LanguageDataset):
 
     def sizes(self) -> Ints:
         """Return the positions of each pack, or row."""
-        return np.diff(np.concatenate([[0], self._places[self._order].cumsum()])[self._starts])
+        return np.add.reduceat(self._places[self._order], self._starts[:-1])
 
     def layout(self) -> tuple[Ints, ...]:
         """Return the rows of all examples, and where each example begins among them."""
@@ -281,18 +286,25 @@ class Samples(LanguageDataset):
         return ", ".join(self.rows.name(i) for i in self._members(index).tolist())
 
 
-def learned(tokens: Tokens, places: Ints) -> Ints:
-    """Return how many labels each sequence has in its first so many places: (N,)."""
+def places(lengths: Ints, limit: int | None = None) -> Ints:
+    """Return how many places sequences take, `limit` at most: one less than their tokens, but never less than 0."""
+    return np.clip(lengths - 1, 0, limit)
+
+
+def learned(tokens: Tokens, limit: int | None = None) -> Ints:
+    """Return how many labels each sequence has in its first `limit` places: (N,)."""
     if tokens.marks is None:
-        return np.maximum(places, 0)
-    found = np.zeros(len(places), np.int64)
-    some = np.flatnonzero(places > 0)
-    if len(some):
-        begins = tokens.offsets[some] + 1
-        # reduceat sums from each bound to the next; every second of these sums is a sequence.
-        bounds = np.stack([begins, begins + places[some]], axis=1).ravel()
-        bounds = bounds[: -1 if bounds[-1] == len(tokens.marks) else None]
-        found[some] = np.add.reduceat(tokens.marks, bounds, dtype=np.int64)[::2]
+        return places(tokens.lengths, limit)
+    found = np.zeros(len(tokens.offsets) - 1, np.int64)
+    for run in tokens.runs():  # reduceat makes a copy of all that it sums, in the type of the sums
+        sizes = places(np.diff(tokens.offsets[run.start : run.stop + 1]), limit)
+        some = np.flatnonzero(sizes)
+        if len(some):
+            begins = tokens.offsets[run.start + some] + 1
+            # It sums from each bound to the next, the last one to the end: every second of these is a sequence.
+            bounds = np.stack([begins, begins + sizes[some]], axis=1).ravel()
+            marks = tokens.marks[bounds[0] : bounds[-1]]
+            found[run.start + some] = np.add.reduceat(marks, bounds[:-1] - bounds[0], dtype=np.int64)[::2]
     return found
 
 

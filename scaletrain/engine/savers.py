@@ -50,6 +50,9 @@ def save(spec: TrainSpec, networks: Mapping[str, nn.Module], device: torch.devic
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     for name, network in networks.items():
         found = blocks(network)
+        for module in network.modules() if spec.compile != "off" else ():
+            if hasattr(module, "packs"):  # into shapes that differ from batch to batch: each would be compiled anew
+                module.packs = False  # type: ignore[assignment]
         if spec.recompute != "off" and not found:
             raise UserError(f"train.recompute: network `{name}` has no list of blocks to recompute; set it to off.")
         for block in found.values():

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from scaletrain.networks._layers import keep_layers, keep_settings
 from scaletrain.networks._transformers import TransformersConfig, new_config, read_config, read_weights
 from scaletrain.networks._transformers import outline as outline_of
+from scaletrain.networks._unpadded import unpadded
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ def build(config: Config) -> nn.Module:
     """Build a new network; its weights are drawn from torch's generator."""
     from transformers import AutoModelForSequenceClassification
 
-    return AutoModelForSequenceClassification.from_config(new_config(config))
+    return unpadded(AutoModelForSequenceClassification.from_config(new_config(config)))
 
 
 def load(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
@@ -58,7 +59,7 @@ def load(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
 
     module = read_weights(AutoModelForSequenceClassification, path, config, dtype, new_head=True)
     if not _chooses(module, config):
-        return module
+        return unpadded(module)
     return keep_layers(module, outline(path, config, dtype), config.layers or [])
 
 
@@ -68,12 +69,12 @@ def outline(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
 
     module: Any = outline_of(AutoModelForSequenceClassification, path, config, dtype)
     if not _chooses(module, config):
-        return module
+        return unpadded(module)
     settings = keep_settings(module.config, config.layers or [], path)
     attention = config.options.get("attn_implementation", "sdpa")
     module = AutoModelForSequenceClassification.from_config(settings, dtype=dtype, attn_implementation=attention)
     module.rearranged = True
-    return module
+    return unpadded(module)
 
 
 def _chooses(module: Any, config: Config) -> bool:

@@ -107,7 +107,7 @@ class Objective(TextObjective[Config]):
         others = (
             f" and {len(named) - CLASSES_SHOWN:,} more, the fewest {named[-1][0]:,}" if named[CLASSES_SHOWN:] else ""
         )
-        again = figures(tokens, ()).again()
+        again = figures(tokens, ()).again
         such = f", such as {rows.name(int(again[0]))}" if len(again) else ""
         return Inspection(
             (

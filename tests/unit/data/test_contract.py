@@ -1,6 +1,8 @@
 """The data contract against a plain count, row by row."""
 
 import json
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,11 @@ import numpy as np
 import pytest
 
 from scaletrain.config import SourceSpec
-from scaletrain.data import contract
+from scaletrain.data import tables, text
 from scaletrain.data.contract import Inspection, figures, fill, inspect
 from scaletrain.data.formats import Chats, Completions, Documents, Format
 from scaletrain.data.sources import Rows, open_rows
-from scaletrain.data.text import Blocks, Samples, Tokens, tokenise
+from scaletrain.data.text import Blocks, Samples, Tokens, learned, tokenise
 from scaletrain.errors import UserError
 from tests.unit.data.test_turns import TWO, said, tokenizer_like, tokenizer_of, user
 
@@ -30,7 +32,7 @@ def rows_of(folder: Path, *rows: dict[str, Any]) -> Rows:
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("at_once", [1, 40, 1 << 20])
 def test_figures_equal_a_plain_count(marked: bool, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(text, "TOKENS_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 3, n) for n in [0, *rng.integers(0, 6, 200), 0]]
     offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
@@ -47,7 +49,21 @@ def test_figures_equal_a_plain_count(marked: bool, at_once: int, monkeypatch: py
         if tuple(row) in known:
             again.append(i)
         known.add(tuple(row))
-    assert found.again().tolist() == again
+    assert found.again.tolist() == again
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 1 << 20])
+@pytest.mark.parametrize("limit", [None, 3])
+def test_learned_equals_a_plain_count(limit: int | None, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "TOKENS_AT_ONCE", at_once)
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum([0, 0, *rng.integers(0, 6, 200), 1, 0])])
+    ids = np.zeros(offsets[-1], np.uint16)
+    marks = rng.integers(0, 2, len(ids)).astype(np.uint8)
+    for own in (marks, None):
+        told = np.ones_like(marks) if own is None else own
+        plain = [told[a + 1 : b][:limit].sum() for a, b in pairwise(offsets)]
+        assert learned(Tokens(ids, own, offsets), limit).tolist() == plain
 
 
 def test_padding_of_batches() -> None:
@@ -147,3 +163,25 @@ def test_packs_are_fuller(tmp_path: Path) -> None:
 def test_the_default_refuses_nothing_that_is_good(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to learn"):
         inspection(rows_of(tmp_path, {"prompt": "a", "completion": ""}), Completions(tokenizer_of("", ["<s>", "</s>"])))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_does_not_grow_with_the_rows(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "INDEXED_BYTES", 1)
+    monkeypatch.setattr(text, "ROWS_AT_ONCE", 20)
+    monkeypatch.setattr(text, "TOKENS_AT_ONCE", 4096)
+    fmt = Completions(tokenizer_of("", ["<s>", "</s>"]))
+
+    def peak(count: int) -> int:
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            file.writelines(json.dumps({"prompt": f"{i:900}", "completion": f"{i:100}"}) + "\n" for i in range(count))
+        tracemalloc.start()
+        inspection(open_rows([SourceSpec(path=str(path))]), fmt, 1024, packed)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(50)  # what is imported and made once
+    few, many = peak(1500), peak(4500)
+    assert (many - few) / 3000 < 100  # bytes a row, of which the line alone has 1,030

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from scaletrain.config import SourceSpec
+from scaletrain.data import text
 from scaletrain.data.formats import Format, language_format
 from scaletrain.data.preference_contract import inspect
 from scaletrain.data.preferences import (
@@ -105,7 +106,9 @@ def test_pairs_of_texts(packed: bool, tmp_path: Path) -> None:
     assert sorted(names) == ["line 1", "line 2", "line 3"]
 
 
-def test_the_last_marked_stretch_is_the_answer() -> None:
+@pytest.mark.parametrize("at_once", [1, 8, 1 << 20])
+def test_the_last_marked_stretch_is_the_answer(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "TOKENS_AT_ONCE", at_once)
     sequences = [[0, 1, 1, 0, 0, 1, 1], [1, 1, 0], [0, 0], [0, 1], [1], [0, 1, 0]]
     marks = np.array([m for s in sequences for m in s], np.uint8)
     tokens = Tokens(np.arange(len(marks)), marks, np.cumsum([0, *map(len, sequences)]))
