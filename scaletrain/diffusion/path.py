@@ -181,14 +181,15 @@ class Discrete(Path):
         return 1 / len(self.alphas_cumprod)
 
     @cached_property
-    def _tables(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+    def _tables(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
         return {}
 
-    def _table(self, like: Tensor) -> Tensor:
+    def _table(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log SNR of each step, and by how much it changes to the next, which fp32 could not tell from it."""
         kind = like.device, like.dtype
         if kind not in self._tables:
-            squares = torch.tensor(self.alphas_cumprod, dtype=torch.float64)
-            self._tables[kind] = torch.logit(squares).to(*kind)
+            log_snr = torch.logit(torch.tensor(self.alphas_cumprod, dtype=torch.float64))
+            self._tables[kind] = log_snr.to(*kind), log_snr.diff().to(*kind)
         return self._tables[kind]
 
     def _step(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,9 +200,9 @@ class Discrete(Path):
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Read the table."""
-        table = self._table(t)
+        table, change = self._table(t)
         step, part = self._step(t)
-        return torch.lerp(table[step], table[step + 1], part)
+        return table[step] + part * change[step]
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the roots of sigmoid(±log SNR)."""
@@ -210,18 +211,18 @@ class Discrete(Path):
 
     def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return α σ² and −α² σ, times half the slope of log SNR."""
-        table = self._table(t)
+        _, change = self._table(t)
         step, _ = self._step(t)
-        half = (table[step + 1] - table[step]) * len(self.alphas_cumprod) / 2
+        half = change[step] * len(self.alphas_cumprod) / 2
         alpha, sigma = self.alpha_sigma(t)
         return alpha * sigma**2 * half, -(alpha**2) * sigma * half
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         """Search the table."""
-        table = self._table(log_snr)
-        after = torch.searchsorted(-table, -log_snr.contiguous()).clamp(1, len(table) - 1)
-        part = (log_snr - table[after - 1]) / (table[after] - table[after - 1])
-        return (after - 1 + part.clamp(0, 1) + 1) / len(table)
+        table, change = self._table(log_snr)
+        step = torch.searchsorted(-table, -log_snr.contiguous()).clamp(1, len(table) - 1) - 1
+        part = (log_snr - table[step]) / change[step]
+        return (step + part.clamp(0, 1) + 1) / len(table)
 
     def told(self, t: Tensor) -> Tensor:
         """Return the step, 0 to T − 1."""

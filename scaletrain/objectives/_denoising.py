@@ -338,9 +338,9 @@ class Objective(base.Objective[C], Generic[C]):
         """Draw pictures or points; with classes, each in turn."""
         signature, generator = self.signature, request.generator
         noise = torch.randn(request.count, *signature.shape, generator=generator, device=generator.device)
-        return self.shown(self.sampler(networks[self.trained])(noise, self.steps, self._asked(noise)))
+        return self.shown(self.sampler(networks[self.trained])(noise, self.steps, self.conditions(noise)))
 
-    def _asked(self, noise: Tensor) -> dict[str, Tensor]:
+    def conditions(self, noise: Tensor) -> dict[str, Tensor]:
         """Return what samplers are told: each class in turn, and the recipe's scale of guidance."""
         count, signature = len(noise), self.signature
         told = {}
@@ -386,7 +386,7 @@ class Objective(base.Objective[C], Generic[C]):
         count = self.config.compare_samples or (12_000 if self._source else 2048)
         generator = torch.Generator(view.device).manual_seed(view.seed)
         noise = torch.randn(count, *shape, generator=generator, device=view.device)
-        told = self._asked(noise)
+        told = self.conditions(noise)
         torch.manual_seed(view.seed)
         wrap = _in_parts(self.signature.space == "image")
         by_steps = {n: wrap(sampler) for n, sampler in students.items()}

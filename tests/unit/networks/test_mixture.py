@@ -29,6 +29,7 @@ def test_posterior_mean_is_that_of_the_score(kind: str, alpha: float, sigma: flo
     means, count = mixture.means, len(mixture.means)
     x0 = mixture.draw(50).double()
     z = (alpha * x0 + sigma * torch.randn_like(x0)).requires_grad_()
+    told = [torch.full((50,), value, dtype=torch.float64) for value in (alpha, sigma)]
     std = (alpha**2 * mixture.sigma**2 + sigma**2) ** 0.5
     for label in (None, torch.arange(50) % count, torch.full((50,), count)):
         if label is None or label[0] == count:
@@ -37,7 +38,7 @@ def test_posterior_mean_is_that_of_the_score(kind: str, alpha: float, sigma: flo
         else:
             density = Independent(Normal(alpha * means[label], std), 1)
         score = torch.autograd.grad(density.log_prob(z).sum(), z)[0]
-        found = mixture(z.detach(), torch.full((50,), alpha), torch.full((50,), sigma), label)
+        found = mixture(z.detach(), *told, label)
         torch.testing.assert_close(found, (z + sigma**2 * score) / alpha, rtol=1e-6, atol=1e-6)
 
 

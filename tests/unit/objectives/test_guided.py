@@ -14,12 +14,14 @@ from scaletrain.diffusion.reading import Reading
 from scaletrain.diffusion.signature import Signature
 from scaletrain.errors import UserError
 from scaletrain.networks.build import build
+from scaletrain.networks.mixture import Config as MixtureConfig
 from scaletrain.networks.mixture import Mixture
 from scaletrain.objectives import guided
 from scaletrain.player import Turn
 from tests.unit.objectives.denoising import of_mixture, of_teacher
 
 TURN = Turn("train", "student")
+RING = MixtureConfig()
 PAIR = {"modes": "ring", "count": 2, "radius": 2.0, "sigma": 0.5}
 
 
@@ -96,11 +98,11 @@ def test_the_signature_says_which_scales_the_student_is_told_and_that_it_cannot_
     assert not objective.signature.dropped
     assert objective.networks()["student"].config == {"dim": 2, "classes": 2, "guidance": True}
     noise = torch.randn(4, 2)
-    assert objective._asked(noise)["guidance"].tolist() == [2.0] * 4
+    assert objective.conditions(noise)["guidance"].tolist() == [2.0] * 4
 
 
 def signature(**options: Any) -> Signature:
-    return Signature(reading=Reading(), space="point", shape=(2,), source={"modes": "ring"}, **options)
+    return Signature(reading=Reading(), space="point", shape=(2,), source=RING, **options)
 
 
 def test_a_teacher_that_was_not_trained_without_its_condition_is_refused(tmp_path: Path) -> None:

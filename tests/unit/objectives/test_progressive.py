@@ -19,6 +19,7 @@ from scaletrain.diffusion.reading import Reading
 from scaletrain.diffusion.signature import Signature
 from scaletrain.diffusion.solvers import ddim_step, sample
 from scaletrain.errors import UserError
+from scaletrain.networks.mixture import Config as MixtureConfig
 from scaletrain.networks.mixture import Mixture
 from scaletrain.objectives import diffusion, progressive
 from scaletrain.objectives.base import Data, RunView
@@ -29,6 +30,7 @@ from tests.unit.objectives.prepared import prepared
 
 KINDS: tuple[Prediction, ...] = ("eps", "x0", "v", "score", "velocity", "edm")
 TURN = Turn("train", "student")
+RING = MixtureConfig()
 BATCH = {"draw": torch.arange(256)}
 
 
@@ -90,7 +92,8 @@ def test_the_loss_is_nothing_for_who_gets_there_and_something_for_others(name: s
             t = torch.full((len(z),), path.last)
             torch.testing.assert_close(told, path.told(t))
             z = z * reading.scale(*path.at(t, z))
-            x0 = MEAN + STD * (z - path.alpha_sigma(t)[0][:, None] * MEAN) / z.std()
+            alpha, sigma = path.at(t, z)
+            x0 = MEAN + STD * (z - alpha * MEAN) / torch.hypot(alpha * STD, sigma)
             return reading.joined((x0 + shift).float(), z, t)
 
         return network
@@ -107,7 +110,7 @@ def test_the_loss_is_nothing_for_who_gets_there_and_something_for_others(name: s
 
 
 def test_student_trains_at_its_own_steps_only_and_teacher_takes_its_own(tmp_path: Folder) -> None:
-    signature = Signature(reading=Reading(), space="point", shape=(2,), source={"modes": "ring"})
+    signature = Signature(reading=Reading(), space="point", shape=(2,), source=RING)
     objective = of_teacher(progressive, signature, tmp_path, steps=4, teacher_steps=8)
     seen: dict[str, list[float]] = {"student": [], "teacher": []}
 
@@ -215,7 +218,7 @@ def test_a_student_of_a_teacher_that_is_told_the_scale_of_guidance_is_told_it_to
         condition="label",
         classes=8,
         guidance=(1.0, 4.0),
-        source={"modes": "ring"},
+        source=RING,
     )
     objective = of_teacher(progressive, signature, tmp_path, steps=1, teacher_steps=2, guidance=2.0)
     assert objective.networks()["student"].config == {"dim": 2, "classes": 8, "guidance": True}
