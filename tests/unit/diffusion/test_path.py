@@ -25,7 +25,11 @@ def inside(path: Path, count: int, dtype: torch.dtype = torch.float64) -> torch.
 def test_slopes_are_derivatives(path: Path) -> None:
     t = inside(path, 97).requires_grad_()
     for value, slope in zip(path.alpha_sigma(t), path.slopes(t), strict=True):
-        found = torch.autograd.grad(value.sum(), t, allow_unused=True)[0] if value.requires_grad else None
+        found = (
+            torch.autograd.grad(value.sum(), t, retain_graph=True, allow_unused=True)[0]
+            if value.requires_grad
+            else None
+        )
         torch.testing.assert_close(slope, torch.zeros_like(t) if found is None else found, rtol=1e-9, atol=1e-12)
 
 

@@ -84,12 +84,11 @@ def test_solvers_converge_to_the_probability_flow_in_their_orders(name: str) -> 
 @pytest.mark.parametrize("solver", ORDERS)
 @pytest.mark.parametrize("name", ["cosine", "flow", "edm", "trig", "discrete"])
 def test_many_steps_follow_the_flow_of_a_gaussian_from_end_to_end(name: str, solver: Solver) -> None:
-    """It is affine, and leads from noise to MEAN + STD · noise; of EDM's, only nearly, as its last time has signal."""
-    noise = torch.randn(20, 2)
-    made = sample(normal(PATHS[name]), noise, 400, solver)
-    exact = MEAN + STD * noise
-    if name == "edm":
-        exact = MEAN + STD * (80 * noise - MEAN) / (STD**2 + 80**2).sqrt()
+    """It is affine: what is as many standard deviations from the mean stays so."""
+    path, noise = PATHS[name], torch.randn(20, 2)
+    made = sample(normal(path), noise, 400, solver)
+    alpha, sigma = path.alpha_sigma(torch.tensor(path.last, dtype=torch.float64))
+    exact = MEAN + STD * (sigma * noise - alpha * MEAN) / torch.hypot(alpha * STD, sigma)
     torch.testing.assert_close(made, exact.float(), rtol=0, atol=6e-3 if ORDERS[solver] == 1 else 2e-3)
 
 

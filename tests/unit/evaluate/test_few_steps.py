@@ -55,14 +55,15 @@ def test_without_labels_there_is_no_judge() -> None:
     assert "sure" not in report.text
 
 
-def test_points_have_a_picture_of_each_sampler_and_samplers_are_told() -> None:
+def test_points_have_a_picture_of_each_sampler_and_samplers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModesJudge, "draw", 500)
     mixture = Mixture(Config())
-    told = {"label": torch.arange(4000) % 8}
+    told = {"label": torch.arange(1000) % 8}
 
     def sampler(noise: Tensor, steps: int, told: dict[str, Tensor]) -> Tensor:
         return mixture.means[told["label"]] + noise / steps
 
-    noise = torch.randn(4000, 2)
+    noise = torch.randn(1000, 2)
     report = compare(sampler, 8, {2: sampler}, [2], noise, told, ModesJudge(mixture, 0), shown)
     table = report.files["steps.json"]
     assert table["student"]["2"]["on_mode"] == table["teacher"]["2"]["on_mode"] < table["teacher"]["8"]["on_mode"]
