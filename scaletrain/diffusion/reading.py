@@ -56,6 +56,8 @@ class Reading(Strict):
         kind = kind or self.prediction
         if kind in ("x0", "exact"):
             return output, (z - alpha * output) / sigma
+        if kind == "score":
+            output, kind = -sigma * output, "eps"
         if kind == "eps":
             return (z - sigma * output) / alpha, output
         a, b = self.parts(t, z, kind)

@@ -89,7 +89,10 @@ def test_many_steps_follow_the_flow_of_a_gaussian_from_end_to_end(name: str, sol
     made = sample(normal(path), noise, 400, solver)
     alpha, sigma = path.alpha_sigma(torch.tensor(path.last, dtype=torch.float64))
     exact = MEAN + STD * (sigma * noise - alpha * MEAN) / torch.hypot(alpha * STD, sigma)
-    torch.testing.assert_close(made, exact.float(), rtol=0, atol=6e-3 if ORDERS[solver] == 1 else 2e-3)
+    bound = 6e-3 if ORDERS[solver] == 1 else 2e-3
+    if name == "discrete":  # of which the last step, to x₀, is from σ = 0.02, a fifth of the data's
+        bound += 6e-3
+    torch.testing.assert_close(made, exact.float(), rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", PATHS)
