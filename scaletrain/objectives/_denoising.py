@@ -194,7 +194,7 @@ class Objective(base.Objective[C], Generic[C]):
         reading = Reading(path=path, prediction=config.prediction or fallback, data_std=std)
         if reading.begins_blind:
             raise UserError(
-                f"objective.prediction: at the last time of the path `{path.type}` there is no signal, so that "  # type: ignore[attr-defined]
+                f"objective.prediction: at the last time of the path `{path.type}` there is no signal, so that "
                 f"`{reading.prediction}` does not tell x0 there; predict `velocity`, `v`, `x0` or `edm`."
             )
         return reading
