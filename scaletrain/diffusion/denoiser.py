@@ -93,10 +93,15 @@ class Denoiser:
     def __call__(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return x₀ and ε (B, ...) at z and times t (B,), in fp32."""
         if self.other is not None:
-            own = self.reading.path
-            time = own.time_at(self.other.log_snr(t).clamp(-_FAR, _FAR)).clamp(own.first, own.last)
-            factor = torch.hypot(*own.at(time, z)) / torch.hypot(*self.other.at(t, z))
-            return replace(self, other=None)(factor * z, time)
+            own, log_snr = self.reading.path, self.other.log_snr(t)
+            time = own.time_at(log_snr.clamp(-_FAR, _FAR)).clamp(own.first, own.last)
+            alpha, sigma = self.other.at(t, z)
+            factor = torch.hypot(*own.at(time, z)) / torch.hypot(alpha, sigma)
+            x0, eps = replace(self, other=None)(factor * z, time)
+            # Past an end of the network's own path the two would not make z: the one that z tells more of follows.
+            clear = beside(log_snr > 0, z)
+            rest = torch.where(clear, z - sigma * eps, z - alpha * x0) / torch.where(clear, alpha, sigma)
+            return torch.where(clear, rest, x0), torch.where(clear, eps, rest)
         output = self._guided(z, t, self.guidance) if self.guidance else self.output(z, t)
         x0, eps = self.reading.split(output, z, t)
         if self.clip:
@@ -118,12 +123,11 @@ class Denoiser:
         It is taken in the network's own terms, where rounding does not grow with the SNR. eps: what z was made with;
         by default what follows from z and x₀, which is not defined where σ is 0.
         """
-        alpha, sigma = self.path.at(t, z)
         if eps is None:
             target = self.reading.joined(x0, z, t)
         else:
             a, b = self.reading.parts(t, z)
             target = a * x0 + b * eps
         error = self.output(z, t) - target
-        factor = weight(weighting, self.reading.slope(t, z), alpha, sigma)
+        factor = weight(weighting, *self.reading.slopes(t, z))
         return (factor * torch.square(error)).flatten(1).mean(1)

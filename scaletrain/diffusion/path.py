@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Literal, final
 
@@ -90,13 +91,13 @@ class Cosine(Path):
     type: Literal["cosine"] = "cosine"
     shift: float = Field(1.0, gt=0)
 
-    def _angle(self, t: Tensor) -> Tensor:
-        return _LEAST + t * (math.pi / 2 - 2 * _LEAST)
+    def _cos_sin(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        # The cosine as a sine of the rest: near t = 1 it is 5e-5, of which fp32's cosine has three digits.
+        return torch.sin(_LEAST + (1 - t) * _WIDTH), torch.sin(_LEAST + t * _WIDTH)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos φ and sin φ."""
-        angle = self._angle(t)
-        cos, sin = torch.cos(angle), torch.sin(angle)
+        cos, sin = self._cos_sin(t)
         if self.shift == 1:
             return cos, sin
         length = torch.hypot(self.shift * cos, sin)
@@ -105,19 +106,19 @@ class Cosine(Path):
     def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return dα/dt and dσ/dt: φ' (−σ, α)."""
         alpha, sigma = self.alpha_sigma(t)
-        angle = self._angle(t)
+        cos, sin = self._cos_sin(t)
         # φ = atan(tan θ / shift), so dφ/dθ = shift / (shift² cos² θ + sin² θ).
-        turned = self.shift / ((self.shift * torch.cos(angle)) ** 2 + torch.sin(angle) ** 2)
-        rate = (math.pi / 2 - 2 * _LEAST) * turned
+        rate = _WIDTH * self.shift / ((self.shift * cos) ** 2 + sin**2)
         return -sigma * rate, alpha * rate
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         """Invert log SNR = −2 log tan φ."""
         angle = torch.atan(self.shift * torch.exp(-log_snr / 2))
-        return (angle - _LEAST) / (math.pi / 2 - 2 * _LEAST)
+        return (angle - _LEAST) / _WIDTH
 
 
 _LEAST = math.atan(math.exp(-10))
+_WIDTH = math.pi / 2 - 2 * _LEAST
 
 
 @final
@@ -179,9 +180,17 @@ class Discrete(Path):
         """The time of step 0."""
         return 1 / len(self.alphas_cumprod)
 
-    def _table(self, like: Tensor) -> Tensor:
-        squares = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=like.device)
-        return torch.logit(squares).to(like.dtype)
+    @cached_property
+    def _tables(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
+        return {}
+
+    def _table(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log SNR of each step, and by how much it changes to the next, which fp32 could not tell from it."""
+        kind = like.device, like.dtype
+        if kind not in self._tables:
+            log_snr = torch.logit(torch.tensor(self.alphas_cumprod, dtype=torch.float64))
+            self._tables[kind] = log_snr.to(*kind), log_snr.diff().to(*kind)
+        return self._tables[kind]
 
     def _step(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step before t, and how far it is behind, in steps."""
@@ -191,9 +200,9 @@ class Discrete(Path):
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Read the table."""
-        table = self._table(t)
+        table, change = self._table(t)
         step, part = self._step(t)
-        return torch.lerp(table[step], table[step + 1], part)
+        return table[step] + part * change[step]
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the roots of sigmoid(±log SNR)."""
@@ -202,18 +211,18 @@ class Discrete(Path):
 
     def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return α σ² and −α² σ, times half the slope of log SNR."""
-        table = self._table(t)
+        _, change = self._table(t)
         step, _ = self._step(t)
-        half = (table[step + 1] - table[step]) * len(self.alphas_cumprod) / 2
+        half = change[step] * len(self.alphas_cumprod) / 2
         alpha, sigma = self.alpha_sigma(t)
         return alpha * sigma**2 * half, -(alpha**2) * sigma * half
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         """Search the table."""
-        table = self._table(log_snr)
-        after = torch.searchsorted(-table, -log_snr.contiguous()).clamp(1, len(table) - 1)
-        part = (log_snr - table[after - 1]) / (table[after] - table[after - 1])
-        return (after - 1 + part.clamp(0, 1) + 1) / len(table)
+        table, change = self._table(log_snr)
+        step = torch.searchsorted(-table, -log_snr.contiguous()).clamp(1, len(table) - 1) - 1
+        part = (log_snr - table[step]) / change[step]
+        return (step + part.clamp(0, 1) + 1) / len(table)
 
     def told(self, t: Tensor) -> Tensor:
         """Return the step, 0 to T − 1."""
@@ -305,7 +314,8 @@ class Trig(Path):
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos t and data_std · sin t."""
-        return torch.cos(t), self.data_std * torch.sin(t)
+        # The cosine as a sine of the rest: fp32's of π / 2 is below 0, which has no logarithm.
+        return torch.sin(math.pi / 2 - t), self.data_std * torch.sin(t)
 
     def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return −sin t and data_std · cos t."""

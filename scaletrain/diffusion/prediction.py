@@ -28,30 +28,29 @@ Prediction = Literal["eps", "x0", "v", "velocity", "score", "edm", "exact"]
 Weighting = Literal["plain", "x0", "snr", "snr_plus_one", "truncated_snr", "min_snr", "p2"]
 
 
-def weight(weighting: Weighting, slope: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """Return the factor of a squared error of a prediction, where x₀ changes with it as `slope`, ∂x₀/∂prediction.
+def weight(weighting: Weighting, of_x0: Tensor, of_eps: Tensor) -> Tensor:
+    """Return the factor of a squared error of a prediction, with which x₀ and ε change as ∂x₀/∂prediction and
+    ∂ε/∂prediction.
 
     plain: 1, the squared error of what the network predicts: for `edm` that of Karras et al. (2022), for `velocity`
-    that of flow matching. The others are named by what they are for a squared error of x₀; the factor that comes back
-    is that, times slope², so that the loss does not depend on the prediction:
+    that of flow matching. The others are named by what they are for a squared error of x₀, so that the loss does not
+    depend on the prediction. A squared error of ε is SNR times that of x₀; so said, none is lost where σ is 0:
 
     x0: 1. snr: α²/σ², the plain ε loss (Ho et al., 2020). snr_plus_one: SNR + 1, the plain v loss; truncated_snr:
     max(SNR, 1) (both Salimans & Ho, 2022, section 4). min_snr: min(SNR, 5) (Hang et al., 2023, section 3.4). p2: SNR /
     (1 + SNR) (Choi et al., 2022, equation 8, k = γ = 1).
     """
     if weighting == "plain":
-        return torch.ones_like(slope)
-    snr = (alpha / sigma) ** 2
+        return torch.ones_like(of_x0)
+    x0, eps = of_x0.square(), of_eps.square()
     if weighting == "x0":
-        factor = torch.ones_like(snr)
-    elif weighting == "snr":
-        factor = snr
-    elif weighting == "snr_plus_one":
-        factor = snr + 1
-    elif weighting == "truncated_snr":
-        factor = snr.clamp(min=1)
-    elif weighting == "min_snr":
-        factor = snr.clamp(max=5)
-    else:
-        factor = snr / (1 + snr)
-    return factor * torch.square(slope)
+        return x0
+    if weighting == "snr":
+        return eps
+    if weighting == "snr_plus_one":
+        return x0 + eps
+    if weighting == "truncated_snr":
+        return torch.maximum(x0, eps)
+    if weighting == "min_snr":
+        return torch.minimum(5 * x0, eps)
+    return x0 * eps / (x0 + eps)

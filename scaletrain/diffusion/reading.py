@@ -18,6 +18,12 @@ class Reading(Strict):
     prediction: Prediction = "v"
     data_std: float = Field(1.0, gt=0)
 
+    @property
+    def begins_blind(self) -> bool:
+        """Whether the prediction tells nothing of x₀ at the last time of the path, where α is 0."""
+        alpha, _ = self.path.alpha_sigma(torch.tensor(self.path.last))
+        return self.prediction in ("eps", "score") and float(alpha) == 0
+
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
         """Return what z is divided by before the network, for `edm`; None for nothing."""
         return torch.sqrt((self.data_std * alpha) ** 2 + sigma**2) if self.prediction == "edm" else None
@@ -50,6 +56,8 @@ class Reading(Strict):
         kind = kind or self.prediction
         if kind in ("x0", "exact"):
             return output, (z - alpha * output) / sigma
+        if kind == "score":
+            output, kind = -sigma * output, "eps"
         if kind == "eps":
             return (z - sigma * output) / alpha, output
         a, b = self.parts(t, z, kind)
@@ -66,8 +74,11 @@ class Reading(Strict):
         # b ε = b (z − α x₀) / σ; a − b α / σ is −(determinant) / σ
         return (b * z - (alpha * b - sigma * a) * x0) / sigma
 
-    def slope(self, t: Tensor, like: Tensor) -> Tensor:
-        """Return ∂x₀/∂prediction at times t, shaped as `Path.at` shapes."""
+    def slopes(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ∂x₀/∂prediction and ∂ε/∂prediction at times t, shaped as `Path.at` shapes."""
         alpha, sigma = self.path.at(t, like)
+        if self.prediction in ("x0", "exact"):
+            return torch.ones_like(alpha), -alpha / sigma
         a, b = self.parts(t, like)
-        return -sigma / (alpha * b - sigma * a)
+        whole = alpha * b - sigma * a
+        return -sigma / whole, alpha / whole

@@ -1,4 +1,4 @@
-"""Deterministic samplers: from noise at the last time along a denoiser's probability flow to data.
+"""Samplers: from noise at the last time along a denoiser's probability flow to data.
 
 Each takes a grid of times, falling, and returns x₀: the last evaluation is at the last time but one.
 """
@@ -60,7 +60,7 @@ def ancestral_step(denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor) -> Tenso
     (alpha, sigma), (alpha_s, sigma_s) = denoiser.path.at(t, z), denoiser.path.at(s, z)
     ratio = alpha / alpha_s
     share = (ratio * sigma_s / sigma) ** 2  # of the noise at t that is there at s already
-    mean = share / ratio * z + alpha_s * (1 - share) * x0
+    mean = ratio * (sigma_s / sigma) ** 2 * z + alpha_s * (1 - share) * x0
     return mean + sigma_s * torch.sqrt((1 - share).clamp(min=0)) * torch.randn_like(z)
 
 

@@ -70,13 +70,15 @@ def grown(name: str, base: nn.Module, spec: NetworkSpec) -> nn.Module:
     if wanted == settings.model_dump():
         return base
     module: nn.Module = factory.build(decode(factory.Config, wanted, f"networks.{name}.config"))
+    module.to(next(base.parameters()).dtype)
     state, own = base.state_dict(), module.state_dict()
-    for key, value in state.items():
-        if key not in own or own[key].shape != value.shape:
-            is_ = f"{tuple(own[key].shape)}" if key in own else "not there"
+    for key in [*state, *own]:
+        here, there = (str(tuple(s[key].shape)) if key in s else "not there" for s in (own, state))
+        # A part that `base` has not must begin at 0. Of an outline, whose values are not there, that is not known yet.
+        if here != there and (key in state or (not own[key].is_meta and own[key].any())):
             raise UserError(
-                f"networks.{name}.config makes another network than the one that it goes on from: `{key}` is {is_}, "
-                f"there it is {tuple(value.shape)}. Leave `config` out, or `from`."
+                f"networks.{name}.config makes another network than the one that it goes on from: `{key}` is {here}, "
+                f"there it is {there}. Leave `config` out, or `from`."
             )
     module.load_state_dict(state, strict=False)
     return module

@@ -77,6 +77,8 @@ class Objective(base.Objective[C], Generic[C]):
     tells: tuple[str, ...] = ()
     """What the trained network is told beside its condition, of `guidance` and `target`."""
     needs_teacher: ClassVar[bool] = True
+    scales: tuple[float, float] | None = None
+    """Of guidance that the student is told; by default those that its teacher is told."""
 
     def __init__(self, config: C, recipe: Recipe):
         super().__init__(config, recipe)
@@ -130,15 +132,23 @@ class Objective(base.Objective[C], Generic[C]):
             classes = len(self._classes) if self._classes else 0
             shape, found = self._measure(train, space, before)
         reading = self._reading(found)
+        scales = self.scales or (before.guidance if before else None)
         self._signature = Signature(
             reading=reading,
             space=space,
             shape=shape,
             condition=condition,
             classes=classes if condition else 0,
-            dropped=before.dropped if before else False,
+            guidance=scales,
             source=self._source.config if self._source else None,
         )
+        if self.needs_teacher and config.guidance != 1:
+            self.require_guidable()
+        if scales and not scales[0] <= config.guidance <= scales[1]:
+            raise UserError(
+                f"objective.guidance: {config.guidance:g} is not one of the scales that the network is told, "
+                f"{scales[0]:g} to {scales[1]:g}."
+            )
 
     def _space(self, rows: Rows) -> Space:
         if "draw" in rows.columns:
@@ -181,7 +191,13 @@ class Objective(base.Objective[C], Generic[C]):
         path = config.path or (known.path if known else Cosine())
         fallback: Prediction = known.prediction if known else ("edm" if self._exact else "v")
         std = config.data_std or (known.data_std if known else found)
-        return Reading(path=path, prediction=config.prediction or fallback, data_std=std)
+        reading = Reading(path=path, prediction=config.prediction or fallback, data_std=std)
+        if reading.begins_blind:
+            raise UserError(
+                f"objective.prediction: at the last time of the path `{path.type}` there is no signal, so that "
+                f"`{reading.prediction}` does not tell x0 there; predict `velocity`, `v`, `x0` or `edm`."
+            )
+        return reading
 
     @property
     def signature(self) -> Signature:
@@ -209,7 +225,8 @@ class Objective(base.Objective[C], Generic[C]):
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return the trained network and its teacher, if it has one."""
-        found = {self.trained: self.denoiser_spec(self.trained, self.tells)}
+        tells = (*self.tells, "guidance") if self.signature.guidance else self.tells
+        found = {self.trained: self.denoiser_spec(self.trained, tells)}
         if "teacher" in self.recipe.networks:
             found["teacher"] = self.recipe.networks["teacher"].model_copy(update={"frozen": True})
         return found
@@ -235,10 +252,14 @@ class Objective(base.Objective[C], Generic[C]):
         """Read a network as the trained one is."""
         return Denoiser(network, self.signature.reading, self.config.clip)
 
-    def teacher(self, networks: Networks, batch: Batch | None = None) -> Denoiser:
-        """Read the teacher on the path of the student, told what a batch tells, guided as the recipe says."""
-        found = self.teacher_of(networks["teacher"]).given(**self.told(batch or {}))
-        return self.guided(found) if self.config.guidance != 1 else found
+    def teacher(self, networks: Networks, batch: Mapping[str, Tensor] | None = None) -> Denoiser:
+        """Read the teacher on the path of the student, told what a batch tells, guided as that or the recipe says."""
+        told, found = self.told(batch or {}), self.teacher_of(networks["teacher"])
+        if self._teacher is not None and self._teacher.guidance:
+            return found.given(**told)
+        scale = told.pop("guidance", self.config.guidance)
+        found = found.given(**told)
+        return found if isinstance(scale, float) and scale == 1 else self.guided(found, scale)
 
     def teacher_of(self, network: Callable[..., Tensor]) -> Denoiser:
         """Read a teacher's network on the path of the student."""
@@ -249,14 +270,20 @@ class Objective(base.Objective[C], Generic[C]):
             reading = self._teacher.reading if self._teacher else own
         return Denoiser(network, reading, self.config.clip).along(own.path)
 
-    def guided(self, denoiser: Denoiser, scale: float | Tensor | None = None) -> Denoiser:
-        """Guide a denoiser by what it is told. Raises UserError where it was not trained without."""
+    def require_guidable(self, key: str = "guidance") -> None:
+        """Raise UserError where whoever is guided was not trained both with a condition and without."""
         signature = self._teacher or self.signature
-        if not self._exact and not signature.dropped:
+        if self.signature.condition is None:
+            raise UserError(f"objective.{key}: there is no condition to be guided by; set objective.condition=label.")
+        if not self._exact and not signature.dropped and not signature.guidance:
+            who = "the teacher" if self.needs_teacher else "the network"
             raise UserError(
-                "objective.guidance: the teacher was not trained without its condition, so that it cannot be guided; "
-                "train it with `objective.dropout`, or leave `guidance` out."
+                f"objective.{key}: {who} is not trained without its condition, so that it cannot be guided; train it "
+                f"with `objective.dropped`, such as 0.1, or leave `{key}` out."
             )
+
+    def guided(self, denoiser: Denoiser, scale: float | Tensor | None = None) -> Denoiser:
+        """Guide a denoiser by what it is told; by default, by the recipe's scale."""
         null = {"label": torch.tensor(self.signature.classes)}
         return denoiser.under(Guidance(self.config.guidance if scale is None else scale, null))
 
@@ -266,12 +293,20 @@ class Objective(base.Objective[C], Generic[C]):
         """Count samples."""
         return {"samples": len(next(iter(batch.values())))}
 
-    def told(self, batch: Batch) -> dict[str, Tensor]:
+    def told(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what networks are told of a batch."""
-        return {"label": batch["label"]} if self.signature.condition and "label" in batch else {}
+        names = [*(["label"] if self.signature.condition else []), *(["guidance"] if self.signature.guidance else [])]
+        return {name: batch[name] for name in names if name in batch}
 
     def data(self, batch: Batch) -> tuple[Tensor, Batch]:
-        """Return x₀ (B, ...), drawn from the mixture where a batch has none, and the batch with what that tells."""
+        """Return x₀ (B, ...), drawn from the mixture where a batch has none, and the batch with what that tells.
+
+        Where the student is told the scale of guidance, one is drawn for each sample, evenly from its range.
+        """
+        if self.signature.guidance:
+            some = next(iter(batch.values()))
+            scale = torch.empty(len(some), device=some.device).uniform_(*self.signature.guidance)
+            batch = {**batch, "guidance": scale}
         if "draw" not in batch:
             return batch[self.signature.space], batch
         if self._source is None:
@@ -303,10 +338,17 @@ class Objective(base.Objective[C], Generic[C]):
         """Draw pictures or points; with classes, each in turn."""
         signature, generator = self.signature, request.generator
         noise = torch.randn(request.count, *signature.shape, generator=generator, device=generator.device)
+        return self.shown(self.sampler(networks[self.trained])(noise, self.steps, self.conditions(noise)))
+
+    def conditions(self, noise: Tensor) -> dict[str, Tensor]:
+        """Return what samplers are told: each class in turn, and the recipe's scale of guidance."""
+        count, signature = len(noise), self.signature
         told = {}
         if signature.condition:
-            told = {"label": torch.arange(request.count, device=noise.device) % signature.classes}
-        return self.shown(self.sampler(networks[self.trained])(noise, self.steps, told))
+            told["label"] = torch.arange(count, device=noise.device) % signature.classes
+        if signature.guidance:
+            told["guidance"] = torch.full((count,), self.config.guidance, device=noise.device)
+        return told
 
     def shown(self, x0: Tensor) -> Samples:
         """Return x₀ as samples."""
@@ -331,9 +373,11 @@ class Objective(base.Objective[C], Generic[C]):
         stages = {name: found for name in view.stages if isinstance(found := view.objective(name), Objective)}
         stages = {name: found for name, found in stages.items() if found.needs_teacher}
         first = next(iter(stages))
-        learned = stages[first]
-        network = view.network(first, "teacher")
-        teacher = learned.solve_with(learned.teacher({"teacher": network}))
+        learned, network = stages[first], view.network(first, "teacher")
+
+        def teacher(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
+            return sample(learned.teacher({"teacher": network}, told), noise, steps, learned.config.solver)
+
         students: dict[int, Sampler] = {}
         for name, found in stages.items():
             students |= found.samplers(view, name)
@@ -342,9 +386,7 @@ class Objective(base.Objective[C], Generic[C]):
         count = self.config.compare_samples or (12_000 if self._source else 2048)
         generator = torch.Generator(view.device).manual_seed(view.seed)
         noise = torch.randn(count, *shape, generator=generator, device=view.device)
-        told: dict[str, Tensor] = {}
-        if self.signature.condition:
-            told = {"label": torch.arange(count, device=view.device) % self.signature.classes}
+        told = self.conditions(noise)
         torch.manual_seed(view.seed)
         wrap = _in_parts(self.signature.space == "image")
         by_steps = {n: wrap(sampler) for n, sampler in students.items()}

@@ -26,7 +26,8 @@ class Config(_denoising.Config):
     """Options of `objective` for `type: guided`."""
 
     scales: tuple[float, float] | None = Field(None, strict=False)
-    """Draw the scale of guidance evenly from here to there, and tell the student; by default all learn `guidance`."""
+    """Draw the scale of guidance evenly from here to there, and tell the student; samples then have `guidance`. By
+    default the student learns `guidance` alone, and is told nothing."""
     times: Times = Uniform()
     """At which it is trained."""
     steps: int = Field(32, ge=1)
@@ -44,23 +45,18 @@ class Objective(_denoising.Objective[Config]):
             low, high = config.scales
             if not 0 < low < high:
                 raise UserError(f"objective.scales: [{low:g}, {high:g}] is no range above 0.")
-            if config.guidance != 1:
-                raise UserError("objective.guidance: `scales` says what the student learns; leave one of the two out.")
-            self.tells = ("guidance",)
+            self.scales = (low, high)
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find what is denoised, and that the teacher can be guided. Raises UserError."""
         super().prepare(train, eval)
-        if self.config.scales:
-            self._signature = self.signature.model_copy(update={"guidance": self.config.scales})
+        if self.scales:
+            self.require_guidable("scales")
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the weighted squared error to the teacher's x₀ at times that are spread over the path."""
         x0, batch = self.data(batch)
         student, teacher = self.student(networks, batch), self.teacher(networks, batch)
-        if self.config.scales:
-            scale = torch.empty(len(x0), device=x0.device).uniform_(*self.config.scales)
-            student, teacher = student.given(guidance=scale), self.guided(teacher, scale)
         t = self.config.times.draw(len(x0), student.path, x0.device)
         z = student.path.noisy(x0, torch.randn_like(x0), t)
         with torch.no_grad():
@@ -68,5 +64,5 @@ class Objective(_denoising.Objective[Config]):
         return {"loss": Term(student.loss(z, t, target, self.config.weighting, eps).sum(), "samples")}
 
     def samplers(self, view: RunView, stage: str) -> dict[int, Sampler]:
-        """Return none: it needs as many steps as its teacher."""
-        return {}
+        """Return the student, at its own number of steps, which is its teacher's."""
+        return {self.config.steps: self.sampler(view.network(stage, self.trained))}

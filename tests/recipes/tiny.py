@@ -151,6 +151,27 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             *(f"networks.model.config.{side}_attention_heads=2" for side in ("encoder", "decoder")),
             *(f"networks.model.config.{side}_ffn_dim=32" for side in ("encoder", "decoder")),
         ],
+        "distill/progressive_gmm": [
+            "objective.compare_samples=64",
+            *(f"stages.steps-{n}.train={{duration: 6 steps, global_batch: 8}}" for n in (4, 2, 1)),
+            "stages.steps-4.networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
+        ],
+        "distill/progressive": [
+            "data.train=noise:64",
+            "data.holdout=0",
+            "objective.compare_samples=64",
+            *(f"stages.steps-{n}.train={{duration: 6 steps, global_batch: 8}}" for n in (8, 4, 2, 1)),
+            "stages.steps-8.networks.teacher={type: mixture}",
+            "stages.steps-8.networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
+        ],
+        "distill/guided": [
+            "data.train=noise:64",
+            "data.holdout=0",
+            "objective.condition=label",
+            "objective.compare_samples=64",
+            "networks.teacher={type: mixture}",
+            "networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
+        ],
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [
             "data.train=sklearn:digits",
