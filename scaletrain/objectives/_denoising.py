@@ -76,7 +76,7 @@ class Objective(base.Objective[C], Generic[C]):
     throughput = "samples"
     tells: tuple[str, ...] = ()
     """What the trained network is told beside its condition, of `guidance` and `target`."""
-    needs_teacher: ClassVar[bool] = True
+    needs_teacher: bool = True
 
     def __init__(self, config: C, recipe: Recipe):
         super().__init__(config, recipe)

@@ -1,0 +1,56 @@
+"""Shortcut models: a velocity that is told the step to take, so that one long step comes to what two half ones do.
+
+Frans et al. (2025). Steps are those of samplers of 1, 2, 4 ... `finest` steps; for some samples the step is 0 and the
+target is the velocity of flow matching, from data or from a teacher. The paper's path is `flow`, where a jump is
+x + d s(x, t, d); on others a jump is a step of DDIM, which is the same there.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from scaletrain.config import Recipe
+from scaletrain.diffusion.denoiser import Denoiser
+from scaletrain.diffusion.jumps import halved_pairs, path_grid, to
+from scaletrain.diffusion.solvers import ddim_step, implied_x0
+from scaletrain.errors import UserError
+from scaletrain.objectives import _jumping
+from scaletrain.objectives._jumping import Jumps
+
+
+class Config(_jumping.Config):
+    """Options of `objective` for `type: shortcut`."""
+
+    still: float = Field(0.75, gt=0, lt=1)
+    """Share of the samples that teach the velocity; the others teach jumps."""
+    finest: int = Field(128, ge=2)
+    """Jumps of the finest sampler, a power of 2. Half of one of these is as a step of 0."""
+
+
+@final
+class Objective(_jumping.Objective[Config]):
+    """Train `student` so that each jump agrees with two half ones."""
+
+    def __init__(self, config: Config, recipe: Recipe):
+        super().__init__(config, recipe)
+        if config.finest & (config.finest - 1):
+            raise UserError(f"objective.finest ({config.finest}) must be a power of 2.")
+
+    def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
+        """Return jumps and what two half ones come to (Frans et al., 2025, equation 4 and algorithm 1)."""
+        path, finest = student.path, self.config.finest
+        first, last = halved_pairs(len(x0), finest, x0.device)
+        grid = path_grid(path, 2 * finest, x0.device)
+        t, half, s = grid[2 * first], grid[first + last], grid[2 * last]
+        z = path.noisy(x0, torch.randn_like(x0), t)
+        reached = self._half(student, self._half(student, z, t, half, last - first), half, s, last - first)
+        target = implied_x0(path, z, t, reached, s)
+        return Jumps(z, t, s, target, student.reading.split(target, z, t, "x0")[1])
+
+    def _half(self, student: Denoiser, z: Tensor, t: Tensor, s: Tensor, size: Tensor) -> Tensor:
+        """Take half a jump of so many of the finest (B,); of one of these, with the velocity."""
+        return ddim_step(to(student, torch.where(size > 1, s, t)), z, t, s)
