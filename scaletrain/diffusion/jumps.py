@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -68,13 +68,13 @@ def any_pairs(count: int, steps: int, device: torch.device) -> tuple[Tensor, Ten
     return torch.minimum(first, other), torch.maximum(first, other)
 
 
-def halved_pairs(count: int, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return numbers of times of a grid between which samplers of 1, 2, 4 ... `steps` steps go, all these samplers
-    alike, and each one's steps (Frans et al., 2025, section 3.1). steps: a power of 2.
+def sampler_pairs(count: int, samplers: Sequence[int], steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return numbers of two times of a grid of `steps`, the earlier in the grid first: jumps that samplers of so many
+    steps take, all samplers alike, and each one's jumps: (count,) each. steps: a multiple of all of these.
     """
-    level = torch.floor(stratified(count, device) * steps.bit_length()).long()
-    number = torch.floor(torch.rand(count, device=device) * 2**level).long()
-    size = steps // 2**level
+    which = torch.floor(stratified(count, device) * len(samplers)).long()
+    size = torch.tensor([steps // n for n in samplers], device=device)[which]
+    number = torch.floor(torch.rand(count, device=device) * (steps // size)).long()
     return number * size, (number + 1) * size
 
 

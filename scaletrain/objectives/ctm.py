@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import any_pairs, ddim_jump, halved_pairs, path_grid, travel
+from scaletrain.diffusion.jumps import any_pairs, ddim_jump, path_grid, sampler_pairs, travel
 from scaletrain.diffusion.path import beside
 from scaletrain.diffusion.solvers import ddim_step, heun_step, implied_x0
 from scaletrain.errors import UserError
@@ -29,7 +29,7 @@ from scaletrain.objectives import _jumping
 from scaletrain.objectives._jumping import Jumps
 
 
-class Config(_jumping.Config):
+class Config(_jumping.Sampled):
     """Options of `objective` for `type: ctm`."""
 
     learn: Literal["teacher", "data"] = "data"
@@ -40,9 +40,6 @@ class Config(_jumping.Config):
     """Of the grid that t, u and s are on."""
     solver_steps: int = Field(8, ge=1)
     """Most steps of the grid that the teacher's solver takes from t to u."""
-    halved: float = Field(0.0, ge=0, le=1)
-    """Share of the jumps that samplers of 1, 2, 4 ... steps take, for which teacher_steps is a power of 2; the others
-    are any."""
     gamma: float = Field(0.0, ge=0, le=1)
     """Of samples: how much of the noise at each time is drawn anew; 0 none, 1 all of it."""
 
@@ -56,8 +53,12 @@ class Objective(_jumping.Objective[Config]):
             raise UserError("networks.teacher is missing: say whose solver the student learns from.")
         super().__init__(config, recipe)
         self.teacher_steps = config.teacher_steps
-        if config.halved and config.teacher_steps & (config.teacher_steps - 1):
-            raise UserError(f"objective.teacher_steps ({config.teacher_steps}) must be a power of 2 for `halved`.")
+        for steps in config.samplers if config.sampled else ():
+            if config.teacher_steps % steps:
+                raise UserError(
+                    f"objective.teacher_steps ({config.teacher_steps}) must be a multiple of {steps}, which is in "
+                    f"`samplers`."
+                )
 
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
         """Return jumps from t to s and where the teacher, to u, and from there the student get."""
@@ -65,10 +66,10 @@ class Objective(_jumping.Objective[Config]):
         path, config, device = student.path, self.config, x0.device
         grid = path_grid(path, config.teacher_steps, device)
         start, end = any_pairs(len(x0), config.teacher_steps, device)
-        if config.halved:
-            halved = halved_pairs(len(x0), config.teacher_steps, device)
-            chosen = torch.rand(len(x0), device=device) < config.halved
-            start, end = torch.where(chosen, halved[0], start), torch.where(chosen, halved[1], end)
+        if config.sampled:
+            own = sampler_pairs(len(x0), config.samplers, config.teacher_steps, device)
+            chosen = torch.rand(len(x0), device=device) < config.sampled
+            start, end = torch.where(chosen, own[0], start), torch.where(chosen, own[1], end)
         most = (end - start).clamp(max=config.solver_steps)
         between = start + 1 + torch.floor(torch.rand(len(x0), device=device) * most).long()
         t, u, s = grid[start], grid[between], grid[end]

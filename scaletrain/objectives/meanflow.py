@@ -7,6 +7,7 @@ Jacobian-vector product. v comes from data, α' x₀ + σ' ε, or from a teacher
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
@@ -15,19 +16,17 @@ from pydantic import Field
 from torch import Tensor
 
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import Move, euler_jump, halved_pairs, noised, path_grid, to
+from scaletrain.diffusion.jumps import Move, euler_jump, noised, path_grid, sampler_pairs, to
 from scaletrain.diffusion.path import beside
 from scaletrain.objectives import _jumping
 from scaletrain.objectives._jumping import Jumps
 
 
-class Config(_jumping.Config):
+class Config(_jumping.Sampled):
     """Options of `objective` for `type: meanflow`."""
 
     power: float = Field(1.0, ge=0, le=1)
     """p of adaptive weights (see there)."""
-    halved: float = Field(0.0, ge=0, le=1)
-    """Share of the jumps that samplers of 1, 2, 4 and 8 steps take; the others are between two of `times`."""
 
 
 @final
@@ -45,11 +44,11 @@ class Objective(_jumping.Objective[Config]):
         one, other = (self.config.times.draw(count, path, device) for _ in range(2))
         other = other[torch.randperm(count, device=device)]  # stratified draws come in order
         t, s = torch.maximum(one, other), torch.minimum(one, other)
-        if self.config.halved:
-            numbers = halved_pairs(count, 8, device)
-            chosen = torch.rand(count, device=device) < self.config.halved
-            grid = path_grid(path, 8, device)
-            t, s = torch.where(chosen, grid[numbers[0]], t), torch.where(chosen, grid[numbers[1]], s)
+        if self.config.sampled:
+            steps = math.lcm(*self.config.samplers)
+            first, last = sampler_pairs(count, self.config.samplers, steps, device)
+            chosen, grid = torch.rand(count, device=device) < self.config.sampled, path_grid(path, steps, device)
+            t, s = torch.where(chosen, grid[first], t), torch.where(chosen, grid[last], s)
         t = noised(t, path)
         eps = torch.randn_like(x0)
         z = path.noisy(x0, eps, t)

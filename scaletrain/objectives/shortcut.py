@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import halved_pairs, path_grid, to
+from scaletrain.diffusion.jumps import path_grid, sampler_pairs, to
 from scaletrain.diffusion.solvers import ddim_step, implied_x0
 from scaletrain.errors import UserError
 from scaletrain.objectives import _jumping
@@ -39,11 +39,12 @@ class Objective(_jumping.Objective[Config]):
         super().__init__(config, recipe)
         if config.finest & (config.finest - 1):
             raise UserError(f"objective.finest ({config.finest}) must be a power of 2.")
+        self._samplers = [2**level for level in range(config.finest.bit_length())]
 
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
         """Return jumps and what two half ones come to (Frans et al., 2025, equation 4 and algorithm 1)."""
         path, finest = student.path, self.config.finest
-        first, last = halved_pairs(len(x0), finest, x0.device)
+        first, last = sampler_pairs(len(x0), self._samplers, finest, x0.device)
         grid = path_grid(path, 2 * finest, x0.device)
         t, half, s = grid[2 * first], grid[first + last], grid[2 * last]
         z = path.noisy(x0, torch.randn_like(x0), t)
