@@ -10,13 +10,13 @@ from typing import Annotated, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import Move, ddim_jump, noised, to, travel
+from scaletrain.diffusion.jumps import noised
+from scaletrain.diffusion.path import Path
 from scaletrain.diffusion.times import Times, Uniform
-from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _denoising
 from scaletrain.objectives.base import Networks
 from scaletrain.player import Batch, Term, Turn
@@ -53,11 +53,11 @@ C = TypeVar("C", bound=Config)
 
 
 class Jumps(NamedTuple):
-    """Samples z (B, ...) at times t (B,), times s (B,) to go to, and the x₀ and ε (B, ...) to be answered for them."""
+    """Samples z (B, ...) at times t (B,), what tells where to go (B,), and the x₀ and ε (B, ...) to be answered."""
 
     z: Tensor
     t: Tensor
-    s: Tensor
+    told: Tensor
     x0: Tensor
     eps: Tensor
 
@@ -71,11 +71,6 @@ class Objective(_denoising.Objective[C], Generic[C]):
         self.needs_teacher = config.learn == "teacher" or "teacher" in recipe.networks
         super().__init__(config, recipe)
         self.steps = config.steps
-
-    @property
-    def move(self) -> Move:
-        """How the student's answer is a jump."""
-        return ddim_jump
 
     @abstractmethod
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
@@ -91,8 +86,8 @@ class Objective(_denoising.Objective[C], Generic[C]):
                 make(*self._models(networks, {k: v[rows] for k, v in self.told(batch).items()}), x0[rows])
                 for make, rows in ((self._still, slice(0, count)), (self.jumps, slice(count, None)))
             ]
-        z, t, s, target, eps = (torch.cat(found) for found in zip(*parts, strict=True))
-        student = to(self.student(networks, batch), s)
+        z, t, told, target, eps = (torch.cat(found) for found in zip(*parts, strict=True))
+        student = self.student(networks, batch).given(target=told)
         error = student.loss(z, t, target, self.config.weighting, eps)
         if self.config.power:
             error = error / (error.detach() + _SMALL) ** self.config.power
@@ -109,18 +104,13 @@ class Objective(_denoising.Objective[C], Generic[C]):
         assert teacher is not None
         return teacher(z, t)
 
+    def nowhere(self, path: Path, t: Tensor) -> Tensor:
+        """Return what is told where no time passes, at times t (B,): by default to go to this time."""
+        return path.told(t)
+
     def _still(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
         """Return jumps that take no time."""
         t = noised(self.config.times.draw(len(x0), student.path, x0.device), student.path)
         eps = torch.randn_like(x0)
         z = student.path.noisy(x0, eps, t)
-        return Jumps(z, t, t, *self.truth(teacher, z, t, x0, eps))
-
-    def sampler(self, network: nn.Module) -> Sampler:
-        """Return the student's jumps over the path's grid."""
-        student = self.denoiser(network)
-
-        def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
-            return travel(student.given(**told), self.move, noise, steps)
-
-        return draw
+        return Jumps(z, t, self.nowhere(student.path, t), *self.truth(teacher, z, t, x0, eps))

@@ -39,7 +39,8 @@ class Config(_jumping.Sampled):
     teacher_steps: int = Field(32, ge=2)
     """Of the grid that t, u and s are on."""
     solver_steps: int = Field(8, ge=1)
-    """Most steps of the grid that the teacher's solver takes from t to u."""
+    """Most steps of the grid that the teacher's solver takes from t to u: any number up to it, but none beyond s. The
+    larger, the less the student is taught by itself."""
     gamma: float = Field(0.0, ge=0, le=1)
     """Of samples: how much of the noise at each time is drawn anew; 0 none, 1 all of it."""
 
@@ -70,15 +71,15 @@ class Objective(_jumping.Objective[Config]):
             own = sampler_pairs(len(x0), config.samplers, config.teacher_steps, device)
             chosen = torch.rand(len(x0), device=device) < config.sampled
             start, end = torch.where(chosen, own[0], start), torch.where(chosen, own[1], end)
-        most = (end - start).clamp(max=config.solver_steps)
-        between = start + 1 + torch.floor(torch.rand(len(x0), device=device) * most).long()
+        solved = 1 + torch.floor(torch.rand(len(x0), device=device) * config.solver_steps).long()
+        between = torch.minimum(start + solved, end)
         t, u, s = grid[start], grid[between], grid[end]
         z = path.noisy(x0, torch.randn_like(x0), t)
         reached = self.solved(teacher, z, grid, start, between)
         # The jump from s to s is none, but for rounding, and for what is not defined at σ = 0.
         reached = torch.where(beside(between == end, z), reached, ddim_jump(student, reached, u, s))
         target = implied_x0(path, z, t, reached, s)
-        return Jumps(z, t, s, target, student.reading.split(target, z, t, "x0")[1])
+        return Jumps(z, t, path.told(s), target, student.reading.split(target, z, t, "x0")[1])
 
     def solved(self, teacher: Denoiser, z: Tensor, grid: Tensor, start: Tensor, end: Tensor) -> Tensor:
         """Return where the teacher's solver gets from z, at numbers of times of a grid (B,), at later numbers (B,)."""
@@ -96,6 +97,6 @@ class Objective(_jumping.Objective[Config]):
         student = self.denoiser(network)
 
         def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
-            return travel(student.given(**told), self.move, noise, steps, self.config.gamma)
+            return travel(student.given(**told), ddim_jump, noise, steps, self.config.gamma)
 
         return draw

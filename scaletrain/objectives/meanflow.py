@@ -8,16 +8,18 @@ Jacobian-vector product. v comes from data, α' x₀ + σ' ε, or from a teacher
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import final
 
 import torch
 import torch.autograd.forward_ad as forward
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import Move, euler_jump, noised, path_grid, sampler_pairs, to
+from scaletrain.diffusion.jumps import euler_jump, noised, path_grid, sampler_pairs, to, travel
 from scaletrain.diffusion.path import beside
+from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _jumping
 from scaletrain.objectives._jumping import Jumps
 
@@ -32,11 +34,6 @@ class Config(_jumping.Sampled):
 @final
 class Objective(_jumping.Objective[Config]):
     """Train `student` to obey the MeanFlow identity."""
-
-    @property
-    def move(self) -> Move:
-        """With the average velocity."""
-        return euler_jump
 
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
         """Return jumps and the average velocity that follows from the identity, as x₀ and ε."""
@@ -56,7 +53,16 @@ class Objective(_jumping.Objective[Config]):
         x0, eps = self.truth(teacher, z, t, x0, eps)
         v = a * x0 + b * eps
         average = v - beside(t - s, z) * rate(student, z, t, s, v)
-        return Jumps(z, t, s, *student.reading.split(average, z, t, "velocity"))
+        return Jumps(z, t, path.told(s), *student.reading.split(average, z, t, "velocity"))
+
+    def sampler(self, network: nn.Module) -> Sampler:
+        """Return the student's jumps over the path's grid."""
+        student = self.denoiser(network)
+
+        def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
+            return travel(student.given(**told), euler_jump, noise, steps)
+
+        return draw
 
 
 def rate(student: Denoiser, z: Tensor, t: Tensor, s: Tensor, v: Tensor) -> Tensor:

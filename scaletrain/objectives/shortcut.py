@@ -7,17 +7,21 @@ x + d s(x, t, d); on others a jump is a step of DDIM, which is the same there.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import final
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import path_grid, sampler_pairs, to
+from scaletrain.diffusion.jumps import path_grid, sampler_pairs, travel
+from scaletrain.diffusion.path import Path
 from scaletrain.diffusion.solvers import ddim_step, implied_x0
 from scaletrain.errors import UserError
+from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _jumping
 from scaletrain.objectives._jumping import Jumps
 
@@ -48,10 +52,27 @@ class Objective(_jumping.Objective[Config]):
         grid = path_grid(path, 2 * finest, x0.device)
         t, half, s = grid[2 * first], grid[first + last], grid[2 * last]
         z = path.noisy(x0, torch.randn_like(x0), t)
-        reached = self._half(student, self._half(student, z, t, half, last - first), half, s, last - first)
-        target = implied_x0(path, z, t, reached, s)
-        return Jumps(z, t, s, target, student.reading.split(target, z, t, "x0")[1])
+        size = (last - first) / finest
+        halves = student.given(target=self.told_size(size / 2))
+        target = implied_x0(path, z, t, ddim_step(halves, ddim_step(halves, z, t, half), half, s), s)
+        return Jumps(z, t, self.told_size(size), target, student.reading.split(target, z, t, "x0")[1])
 
-    def _half(self, student: Denoiser, z: Tensor, t: Tensor, s: Tensor, size: Tensor) -> Tensor:
-        """Take half a jump of so many of the finest (B,); of one of these, with the velocity."""
-        return ddim_step(to(student, torch.where(size > 1, s, t)), z, t, s)
+    def told_size(self, size: Tensor) -> Tensor:
+        """Return what the student is told of a jump of so much of the grid (B,), 1 for all of it: its logarithm, from 1
+        down to 0 for half of the finest jump, and for none.
+        """
+        return 1 + torch.log2(size) / (1 + math.log2(self.config.finest))
+
+    def nowhere(self, path: Path, t: Tensor) -> Tensor:
+        """Tell that there is no step."""
+        return torch.zeros_like(t)
+
+    def sampler(self, network: nn.Module) -> Sampler:
+        """Return the student's jumps over the path's grid."""
+        student = self.denoiser(network)
+
+        def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
+            size = self.told_size(torch.full((len(noise),), 1 / steps, device=noise.device)).clamp(min=0)
+            return travel(student.given(target=size, **told), ddim_step, noise, steps)
+
+        return draw

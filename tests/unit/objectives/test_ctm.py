@@ -89,7 +89,7 @@ def test_the_target_is_the_solver_and_then_the_student(monkeypatch: pytest.Monke
                 now = torch.tensor([1 - n / 8])
                 x0 = teacher(z, 1 - now, now)
                 z = z - (z - x0) / now / 8
-            u, s = 1 - end[i : i + 1] / 8, jumps.s[i : i + 1]
+            u, s = 1 - end[i : i + 1] / 8, jumps.told[i : i + 1]
             z = z - (u - s) * student(z, u, target=s) if u > s else z
             velocity = jumps.eps[i] - jumps.x0[i]
             torch.testing.assert_close(jumps.z[i] - (t - s) * velocity, z[0], atol=1e-4, rtol=1e-4)
@@ -97,7 +97,7 @@ def test_the_target_is_the_solver_and_then_the_student(monkeypatch: pytest.Monke
 
 
 def test_it_learns_and_broken_on_purpose_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**PLAIN, "teacher_steps": 16, "solver_steps": 4, "sampled": 0.5}
+    options = {**PLAIN, "prediction": "edm", "teacher_steps": 16, "solver_steps": 4, "sampled": 0.5}
     _, right = trained(made(options, TWO))
     assert right < 0.03
     still = made(options, TWO)

@@ -117,7 +117,7 @@ def test_adaptive_weights_divide_without_a_gradient(method: str) -> None:
         torch.manual_seed(2)
         loss = objective.loss(objective.turns[0], networks, draws(1))["loss"].sum
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients.append(networks["student"].last.bias.grad)
     assert losses[1] == pytest.approx(losses[0] / (losses[0] + 1e-3), rel=1e-4)
     torch.testing.assert_close(gradients[1], gradients[0] / (losses[0] + 1e-3))

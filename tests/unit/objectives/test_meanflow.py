@@ -18,8 +18,10 @@ from scaletrain.objectives import meanflow
 from tests.unit.objectives.jumping import TWO, Knows, draws, made, teacher_of, trained
 
 PLAIN = {"type": "meanflow", "path": "flow", "prediction": "velocity", "weighting": "plain", "power": 0.0}
-POINTS = decode(point_denoiser.Config, {"dim": 3, "hidden": [16, 16], "target": True})
-PICTURES = decode(unet.Config, {"height": 8, "width": 8, "features": [8, 16], "middle": 1, "target": True})
+POINTS = decode(point_denoiser.Config, {"dim": 3, "hidden": [16, 16], "target": True, "fastest": 6})
+PICTURES = decode(
+    unet.Config, {"height": 8, "width": 8, "features": [8, 16], "middle": 1, "target": True, "fastest": 6}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -65,14 +67,14 @@ def test_from_data_the_exact_average_velocity_is_the_mean_of_the_targets() -> No
     objective = made({**PLAIN, "learn": "data"})
     x0 = teacher_of(objective).draw(200_000)
     jumps = objective.jumps(objective.denoiser(Knows(Flow())), None, x0)
-    left = jumps.eps - jumps.x0 - Knows(Flow())(jumps.z, jumps.t, jumps.s)
-    for feature in (torch.ones_like(jumps.z), jumps.z, jumps.t[:, None], (jumps.t * jumps.s)[:, None]):
+    left = jumps.eps - jumps.x0 - Knows(Flow())(jumps.z, jumps.t, jumps.told)
+    for feature in (torch.ones_like(jumps.z), jumps.z, jumps.t[:, None], (jumps.t * jumps.told)[:, None]):
         mean = (left * feature).mean(0)
         assert (mean.abs() < 4 * (left * feature).std(0) / len(x0) ** 0.5).all()
 
 
 def test_it_learns_and_broken_on_purpose_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**PLAIN, "sampled": 0.5, "still": 0.2}
+    options = {**PLAIN, "prediction": "edm", "sampled": 0.5, "power": 0.5}
     exact = meanflow.rate
 
     def figure() -> float:
