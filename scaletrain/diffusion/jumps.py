@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import Path, beside
-from scaletrain.diffusion.solvers import ddim_step, euler_step, implied_x0, times
+from scaletrain.diffusion.solvers import ddim_step, euler_step, heun_step, implied_x0, times
 from scaletrain.diffusion.times import stratified
 
 Move = Callable[[Denoiser, Tensor, Tensor, Tensor], Tensor]
@@ -30,6 +30,14 @@ def ddim_jump(student: Denoiser, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
 def euler_jump(student: Denoiser, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Jump as Euler steps, with the velocity that the student answers for this s."""
     return euler_step(to(student, s), z, t, s)
+
+
+def teacher_step(teacher: Denoiser, z: Tensor, t: Tensor, s: Tensor, solver: str) -> Tensor:
+    """Take one step of a teacher's solver, `ddim` or `heun`; to the first time, where there may be no noise, DDIM's."""
+    stepped = ddim_step(teacher, z, t, s)
+    if solver == "ddim":
+        return stepped
+    return torch.where(beside(s <= teacher.path.first, z), stepped, heun_step(teacher, z, t, s))
 
 
 def travel(student: Denoiser, move: Move, noise: Tensor, steps: int, gamma: float = 0.0) -> Tensor:

@@ -20,9 +20,8 @@ class Config(Conditioned):
     """Coordinates of a point: those of the data."""
     hidden: list[int] = Field([256, 256, 256], min_length=1)
     """Width of each hidden layer."""
-    octaves: int = Field(0, ge=0)
-    """Sines and cosines of each coordinate that it is given beside it, of 1, 2, 4 ... radians per unit: it learns what
-    changes within a short distance sooner (Tancik et al., 2020)."""
+    detail: float = Field(1.0, gt=0)
+    """Factor of the first layer's weights at the start. With 3 or so, what changes fast with z is learnt sooner."""
 
 
 @final
@@ -33,11 +32,14 @@ class PointDenoiser(nn.Module):
         super().__init__()
         self.settings = config
         self.waves = Waves(config.fastest)
-        self.first = nn.Linear(config.dim * (1 + 2 * config.octaves), config.hidden[0])
+        self.first = nn.Linear(config.dim, config.hidden[0])
         self.times = nn.Linear(2 * len(self.waves.frequencies), config.hidden[0])
         self.conditions = Conditions(config, config.hidden[0])
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(config.hidden))
         self.last = nn.Linear(config.hidden[-1], config.dim)
+        with torch.no_grad():
+            for parameter in self.first.parameters():
+                parameter.mul_(config.detail)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
@@ -51,9 +53,6 @@ class PointDenoiser(nn.Module):
     ) -> Tensor:
         """Apply the network."""
         features = self.conditions(self.times(self.waves(t)), label, guidance, target)
-        if self.settings.octaves:
-            angles = torch.cat([z * 2.0**n for n in range(self.settings.octaves)], 1)
-            z = torch.cat([z, angles.cos(), angles.sin()], 1)
         h = F.silu(self.first(z) + features)
         for layer in self.layers:
             h = F.silu(layer(h))

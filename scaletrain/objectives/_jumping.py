@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
@@ -38,15 +38,6 @@ class Config(_denoising.Config):
     power: float = Field(0.0, ge=0, le=1)
     """p of adaptive weights: a squared error e counts e / (e + 0.001)^p, the divisor without gradient (Geng et al.,
     2025, equation 22)."""
-
-
-class Sampled(Config):
-    """Options of those that may jump between any two times."""
-
-    samplers: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4], min_length=1)
-    """Steps of samplers that have a share of the jumps; one that is named twice, twice."""
-    sampled: float = Field(0.0, ge=0, le=1)
-    """Share of the jumps that these samplers take; the others are between any times."""
 
 
 C = TypeVar("C", bound=Config)

@@ -12,7 +12,7 @@ time; a sample is for one of the two losses; no adversarial loss.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 import torch
 from pydantic import Field
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import any_pairs, ddim_jump, path_grid, sampler_pairs, travel
+from scaletrain.diffusion.jumps import any_pairs, ddim_jump, path_grid, sampler_pairs, teacher_step, travel
 from scaletrain.diffusion.path import beside
-from scaletrain.diffusion.solvers import ddim_step, heun_step, implied_x0
+from scaletrain.diffusion.solvers import implied_x0
 from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _jumping
 from scaletrain.objectives._jumping import Jumps
 
 
-class Config(_jumping.Sampled):
+class Config(_jumping.Config):
     """Options of `objective` for `type: ctm`."""
 
     learn: Literal["teacher", "data"] = "data"
@@ -41,6 +41,10 @@ class Config(_jumping.Sampled):
     solver_steps: int = Field(8, ge=1)
     """Most steps of the grid that the teacher's solver takes from t to u: any number up to it, but none beyond s. The
     larger, the less the student is taught by itself."""
+    samplers: list[Annotated[int, Field(ge=1)]] = Field([1, 2, 4], min_length=1)
+    """Steps of samplers that have a share of the jumps; one that is named twice, twice."""
+    sampled: float = Field(0.0, ge=0, le=1)
+    """Share of the jumps that these samplers take; the others are between any times."""
     gamma: float = Field(0.0, ge=0, le=1)
     """Of samples: how much of the noise at each time is drawn anew; 0 none, 1 all of it."""
 
@@ -85,10 +89,7 @@ class Objective(_jumping.Objective[Config]):
         """Return where the teacher's solver gets from z, at numbers of times of a grid (B,), at later numbers (B,)."""
         for i in range(min(self.config.solver_steps, self.config.teacher_steps)):
             now, then = (start + i).minimum(end), (start + i + 1).minimum(end)
-            stepped = ddim_step(teacher, z, grid[now], grid[then])
-            if self.config.solver == "heun":
-                final = beside(then == len(grid) - 1, z)
-                stepped = torch.where(final, stepped, heun_step(teacher, z, grid[now], grid[then]))
+            stepped = teacher_step(teacher, z, grid[now], grid[then], self.config.solver)
             z = torch.where(beside(now == then, z), z, stepped)
         return z
 

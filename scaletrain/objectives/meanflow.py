@@ -7,7 +7,6 @@ Jacobian-vector product. v comes from data, α' x₀ + σ' ε, or from a teacher
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import final
 
@@ -17,18 +16,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import euler_jump, noised, path_grid, sampler_pairs, to, travel
+from scaletrain.diffusion.jumps import euler_jump, noised, to, travel
 from scaletrain.diffusion.path import beside
 from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _jumping
 from scaletrain.objectives._jumping import Jumps
 
 
-class Config(_jumping.Sampled):
+class Config(_jumping.Config):
     """Options of `objective` for `type: meanflow`."""
 
     power: float = Field(1.0, ge=0, le=1)
     """p of adaptive weights (see there)."""
+    whole: float = Field(0.0, ge=0, le=1)
+    """Share of the jumps that go to the first time; the others are between two of `times`."""
 
 
 @final
@@ -41,11 +42,8 @@ class Objective(_jumping.Objective[Config]):
         one, other = (self.config.times.draw(count, path, device) for _ in range(2))
         other = other[torch.randperm(count, device=device)]  # stratified draws come in order
         t, s = torch.maximum(one, other), torch.minimum(one, other)
-        if self.config.sampled:
-            steps = math.lcm(*self.config.samplers)
-            first, last = sampler_pairs(count, self.config.samplers, steps, device)
-            chosen, grid = torch.rand(count, device=device) < self.config.sampled, path_grid(path, steps, device)
-            t, s = torch.where(chosen, grid[first], t), torch.where(chosen, grid[last], s)
+        whole = torch.rand(count, device=device) < self.config.whole
+        t, s = torch.where(whole, one, t), torch.where(whole, path.first, s)
         t = noised(t, path)
         eps = torch.randn_like(x0)
         z = path.noisy(x0, eps, t)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import final
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import path_grid, sampler_pairs, travel
-from scaletrain.diffusion.path import Path
+from scaletrain.diffusion.jumps import path_grid, sampler_pairs, teacher_step, travel
+from scaletrain.diffusion.path import Path, beside
 from scaletrain.diffusion.solvers import ddim_step, implied_x0
 from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Sampler
@@ -31,8 +31,11 @@ class Config(_jumping.Config):
 
     still: float = Field(0.75, gt=0, lt=1)
     """Share of the samples that teach the velocity; the others teach jumps."""
+    solver: Literal["ddim", "heun"] = "ddim"
+    """Of the teacher; heun's last step, to the first time, is DDIM's."""
     finest: int = Field(128, ge=2)
-    """Jumps of the finest sampler, a power of 2. Half of one of these is as a step of 0."""
+    """Jumps of the finest sampler, a power of 2. Half of one of these is a step of the teacher's or, where the student
+    learns from data, a step with what it answers for a step of 0."""
 
 
 @final
@@ -54,7 +57,13 @@ class Objective(_jumping.Objective[Config]):
         z = path.noisy(x0, torch.randn_like(x0), t)
         size = (last - first) / finest
         halves = student.given(target=self.told_size(size / 2))
-        target = implied_x0(path, z, t, ddim_step(halves, ddim_step(halves, z, t, half), half, s), s)
+        reached = ddim_step(halves, ddim_step(halves, z, t, half), half, s)
+        if self.config.learn == "teacher":
+            assert teacher is not None
+            solver = self.config.solver
+            known = teacher_step(teacher, teacher_step(teacher, z, t, half, solver), half, s, solver)
+            reached = torch.where(beside(last - first == 1, z), known, reached)
+        target = implied_x0(path, z, t, reached, s)
         return Jumps(z, t, self.told_size(size), target, student.reading.split(target, z, t, "x0")[1])
 
     def told_size(self, size: Tensor) -> Tensor:

@@ -52,10 +52,10 @@ def test_the_jvp_is_that_of_finite_differences(path: Path, prediction: Predictio
         torch.testing.assert_close(found, (u(1) - u(-1)) / (2 * step), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampled", [0.0, 0.5])
+@pytest.mark.parametrize("whole", [0.0, 0.5])
 @pytest.mark.parametrize("path", [Flow(), Cosine()], ids=lambda p: p.type)
-def test_the_exact_average_velocity_has_no_loss_and_others_have(path: Path, sampled: float) -> None:
-    objective = made({**PLAIN, "path": path.type, "sampled": sampled})
+def test_the_exact_average_velocity_has_no_loss_and_others_have(path: Path, whole: float) -> None:
+    objective = made({**PLAIN, "path": path.type, "whole": whole})
     for wrong, right in ((0.0, True), (0.05, False)):
         networks = {"student": Knows(path, wrong), "teacher": teacher_of(objective)}
         loss = float(objective.loss(objective.turns[0], networks, draws(400))["loss"].sum) / 400
@@ -74,7 +74,7 @@ def test_from_data_the_exact_average_velocity_is_the_mean_of_the_targets() -> No
 
 
 def test_it_learns_and_broken_on_purpose_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**PLAIN, "prediction": "edm", "sampled": 0.5, "power": 0.5}
+    options = {**PLAIN, "prediction": "edm", "whole": 0.5, "power": 0.5}
     exact = meanflow.rate
 
     def figure() -> float:

@@ -50,7 +50,7 @@ def test_the_exact_flow_answers_all_targets_but_those_of_the_finest_jumps() -> N
 
 def test_the_target_is_the_mean_of_two_half_steps() -> None:
     """Frans et al., equation 4, one sample at a time; half of the finest is told as none."""
-    objective = made({**PLAIN, "finest": 4}, TWO)
+    objective = made({**PLAIN, "finest": 4, "learn": "data"}, TWO)
     network = small(objective)
     torch.nn.init.normal_(network.last.weight, std=0.1)
     torch.nn.init.normal_(network.conditions.target.weight, std=0.1)
@@ -66,6 +66,24 @@ def test_the_target_is_the_mean_of_two_half_steps() -> None:
             second = network(z - size / 2 * first, t - size / 2, target=half)
             torch.testing.assert_close(jumps.eps[i] - jumps.x0[i], ((first + second) / 2)[0], atol=1e-4, rtol=1e-4)
     assert sizes == {1.0, 0.5, 0.25}
+
+
+def test_the_finest_jumps_are_the_teachers() -> None:
+    objective = made({**PLAIN, "finest": 2, "prediction": "edm"}, TWO)
+    teacher = teacher_of(objective)
+    with torch.no_grad():
+        jumps = objective.jumps(
+            objective.denoiser(small(objective)), objective.teacher({"teacher": teacher}), torch.randn(40, 2)
+        )
+    for i in range(40):
+        z, t, told = (part[i : i + 1] for part in jumps[:3])
+        if float(told) == 0.5:
+            reached = z
+            for now in (t, t - 0.25):
+                reached = reached - 0.25 * (reached - teacher(reached, 1 - now, now)) / now
+            velocity = jumps.eps[i] - jumps.x0[i]
+            torch.testing.assert_close(z[0] - 0.5 * velocity, reached[0], atol=1e-4, rtol=1e-4)
+    assert set(jumps.told.tolist()) == {0.5, 1.0}
 
 
 def test_it_learns_and_broken_on_purpose_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
