@@ -39,7 +39,7 @@ def teacher_of(objective: Any) -> mixture.Mixture:
     return mixture.Mixture(decode(mixture.Config, objective.recipe.networks["teacher"].config))
 
 
-def small(objective: Any, width: int = 64) -> nn.Module:
+def small(objective: Any, width: int = 64) -> Any:
     """Return a small student with the seed that there is."""
     config = {**objective.networks()["student"].config, "hidden": [width, width], "fastest": 6.0}
     return point_denoiser.build(decode(point_denoiser.Config, config))
@@ -80,7 +80,7 @@ class Knows(nn.Module):
 def trained(objective: Any, steps: int = 500, batch: int = 256, lr: float = 4e-3) -> tuple[nn.Module, float]:
     """Train a small student; return it and the energy distance of its samples in one step."""
     torch.manual_seed(0)
-    networks = {"student": small(objective), "teacher": teacher_of(objective)}
+    networks: dict[str, Any] = {"student": small(objective), "teacher": teacher_of(objective)}
     optimizer = torch.optim.Adam(networks["student"].parameters(), lr)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(step / 50, (1 + math.cos(math.pi * step / steps)) / 2)

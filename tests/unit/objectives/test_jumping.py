@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.jumps import any_pairs, ddim_jump, euler_jump, sampler_pairs, travel
-from scaletrain.diffusion.path import EDM, Cosine, Flow, Linear, Path, Trig
+from scaletrain.diffusion.path import EDM, AnyPath, Cosine, Flow, Linear, Trig
 from scaletrain.diffusion.prediction import Prediction
 from scaletrain.diffusion.reading import Reading
 from scaletrain.errors import UserError
@@ -35,7 +35,7 @@ def _seed() -> None:
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "velocity", "edm"])
 @pytest.mark.parametrize("path", [Cosine(), Linear(), EDM(), Flow(), Trig()], ids=lambda p: p.type)
-def test_a_jump_from_a_time_to_itself_leads_nowhere(path: Path, prediction: Prediction) -> None:
+def test_a_jump_from_a_time_to_itself_leads_nowhere(path: AnyPath, prediction: Prediction) -> None:
     def network(z: Tensor, t: Tensor, target: Tensor) -> Tensor:
         return torch.sin(3 * z) + torch.cos(t + target)[:, None]
 

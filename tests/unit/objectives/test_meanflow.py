@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.path import EDM, Cosine, Flow, Path, Trig
+from scaletrain.diffusion.path import EDM, AnyPath, Cosine, Flow, Trig
 from scaletrain.diffusion.prediction import Prediction
 from scaletrain.diffusion.reading import Reading
 from scaletrain.explain import decode
@@ -33,7 +33,7 @@ def _seed() -> None:
     ("path", "prediction"), [(Flow(), "velocity"), (Flow(), "edm"), (Cosine(), "v"), (EDM(), "edm"), (Trig(), "eps")]
 )
 @pytest.mark.parametrize("pictures", [False, True])
-def test_the_jvp_is_that_of_finite_differences(path: Path, prediction: Prediction, pictures: bool) -> None:
+def test_the_jvp_is_that_of_finite_differences(path: AnyPath, prediction: Prediction, pictures: bool) -> None:
     network = unet.build(PICTURES) if pictures else point_denoiser.build(POINTS)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -54,7 +54,7 @@ def test_the_jvp_is_that_of_finite_differences(path: Path, prediction: Predictio
 
 @pytest.mark.parametrize("whole", [0.0, 0.5])
 @pytest.mark.parametrize("path", [Flow(), Cosine()], ids=lambda p: p.type)
-def test_the_exact_average_velocity_has_no_loss_and_others_have(path: Path, whole: float) -> None:
+def test_the_exact_average_velocity_has_no_loss_and_others_have(path: AnyPath, whole: float) -> None:
     objective = made({**PLAIN, "path": path.type, "whole": whole})
     for wrong, right in ((0.0, True), (0.05, False)):
         networks = {"student": Knows(path, wrong), "teacher": teacher_of(objective)}

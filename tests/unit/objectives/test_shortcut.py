@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import Flow
-from scaletrain.objectives import shortcut
+from scaletrain.diffusion.solvers import ddim_step
 from tests.unit.objectives.jumping import TWO, Knows, made, small, teacher_of, trained
 
 
@@ -91,13 +91,13 @@ def test_it_learns_and_broken_on_purpose_it_does_not(monkeypatch: pytest.MonkeyP
     assert right < 0.15
     assert trained(made({**options, "learn": "data"}, TWO))[1] < 0.3
     halves = []
-    step = shortcut.ddim_step
+    step = ddim_step
 
     def first(student: Denoiser, z: Tensor, t: Tensor, s: Tensor) -> Tensor:  # wrong target: the second half is lost
         halves.append(t)
         return step(student, z, t, s) if len(halves) % 2 else z
 
-    monkeypatch.setattr(shortcut, "ddim_step", first)
+    monkeypatch.setattr("scaletrain.objectives.shortcut.ddim_step", first)
     broken = made(options, TWO)
     monkeypatch.setattr(broken, "sampler", lambda network: one_step(broken, network))
     assert trained(broken)[1] > 3 * right + 0.05
