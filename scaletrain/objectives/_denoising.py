@@ -76,7 +76,7 @@ class Objective(base.Objective[C], Generic[C]):
     throughput = "samples"
     tells: tuple[str, ...] = ()
     """What the trained network is told beside its condition, of `guidance` and `target`."""
-    needs_teacher: ClassVar[bool] = True
+    needs_teacher: bool = True
     scales: tuple[float, float] | None = None
     """Of guidance that the student is told; by default those that its teacher is told."""
 

@@ -180,6 +180,19 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             "train.precision=fp32",
             "networks.model.config.features=8",
         ],
+        **{
+            f"distill/{name}_gmm": ["networks.student.config.hidden=[8, 8]", "objective.compare_samples=64"]
+            for name in ("ctm", "shortcut", "meanflow")
+        },
+        **{
+            f"distill/{name}": [
+                "data.train=noise:64",
+                "networks.teacher={type: mixture}",
+                "networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
+                "objective.compare_samples=64",
+            ]
+            for name in ("ctm", "shortcut", "meanflow")
+        },
         "gan/dcgan": [
             "data.train.rows=200",
             "networks.generator.config.features=8",
