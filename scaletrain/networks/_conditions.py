@@ -20,16 +20,18 @@ class Conditioned(Strict):
     """Whether it is told the scale of guidance that it is to answer with."""
     target: bool = False
     """Whether it is told the time to go to."""
+    fastest: float = Field(100.0, ge=2)
+    """Of the waves that tell it numbers, in radians per unit. Slower ones have smoother derivatives in time."""
 
 
 class Waves(nn.Module):
-    """Numbers (B,) to sines and cosines (B, 2 waves) of 1 to 100 radians per unit."""
+    """Numbers (B,) to sines and cosines (B, 2 waves) of 1 to `fastest` radians per unit."""
 
     frequencies: Tensor
 
-    def __init__(self, waves: int = 32, highest: float = 100.0):
+    def __init__(self, fastest: float, waves: int = 32):
         super().__init__()
-        frequencies = torch.exp(torch.linspace(0, math.log(highest), waves))
+        frequencies = torch.exp(torch.linspace(0, math.log(fastest), waves))
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ class Conditions(nn.Module):
 
     def __init__(self, config: Conditioned, size: int):
         super().__init__()
-        self.waves = Waves()
+        self.waves = Waves(config.fastest)
         self.label = nn.Embedding(config.classes + 1, size) if config.classes else None
         wide = 2 * len(self.waves.frequencies)
         self.guidance = nn.Linear(wide, size, bias=False) if config.guidance else None

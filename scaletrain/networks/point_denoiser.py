@@ -28,7 +28,7 @@ class PointDenoiser(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.settings = config
-        self.waves = Waves()
+        self.waves = Waves(config.fastest)
         self.first = nn.Linear(config.dim, config.hidden[0])
         self.times = nn.Linear(2 * len(self.waves.frequencies), config.hidden[0])
         self.conditions = Conditions(config, config.hidden[0])

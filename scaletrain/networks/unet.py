@@ -38,7 +38,7 @@ class Times(nn.Module):
 
     def __init__(self, config: Config, size: int):
         super().__init__()
-        self.waves = Waves()
+        self.waves = Waves(config.fastest)
         self.first = nn.Linear(2 * len(self.waves.frequencies), size)
         self.conditions = Conditions(config, size)
         self.second = nn.Linear(size, size)

@@ -43,7 +43,7 @@ class Objective(_denoising.Objective[Config]):
 
     trained: ClassVar[str] = "model"
     turns = (Turn("train", "model"),)
-    needs_teacher: ClassVar[bool] = False
+    needs_teacher = False
 
     def __init__(self, config: Config, recipe: Recipe):
         super().__init__(config, recipe)
