@@ -18,11 +18,12 @@ from scaletrain.diffusion.times import normal, stratified
 class Even(Strict):
     """One of `count` even parts of the path's grid, or what is left of the first; t is anywhere after the first time.
 
-    count doubles after every `double_every` updates up to `most` (Song & Dhariwal, 2024, section 3.4).
+    on_grid: share of the draws with t, and so s, at the ends of parts, as all are in Song et al. (2023). count doubles after every `double_every` updates up to `most` (Song & Dhariwal, 2024, section 3.4).
     """
 
     type: Literal["even"] = "even"
     count: int = Field(18, ge=1)
+    on_grid: float = Field(0.0, ge=0, le=1)
     most: int | None = Field(None, ge=1)
     double_every: int | None = Field(None, ge=1)
 
@@ -42,9 +43,12 @@ class Even(Strict):
 
     def draw(self, count: int, path: Path, updates: int, data_std: float, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return t and s (count,)."""
+        parts = self.parts(updates)
         share = 1 - stratified(count, device)  # in (0, 1]
-        earlier = (share - 1 / self.parts(updates)).clamp(min=0)
-        return path.time(share), path.time(earlier)
+        if self.on_grid:
+            snapped = torch.ceil(share * parts).clamp(min=1) / parts
+            share = torch.where(torch.rand(count, device=device) < self.on_grid, snapped, share)
+        return path.time(share), path.time((share - 1 / parts).clamp(min=0))
 
 
 @final

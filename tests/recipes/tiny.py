@@ -159,6 +159,20 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             "train.precision=fp32",
             "networks.model.config.features=8",
         ],
+        **{
+            f"distill/{name}_gmm": ["networks.student.config.hidden=[8, 8]", "objective.compare_samples=64"]
+            for name in ("consistency", "scm", "lcm")
+        },
+        **{
+            f"distill/{name}": [
+                "data.train=noise:64",
+                "data.holdout=0",
+                "networks.teacher={type: mixture}",
+                "networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
+                "objective.compare_samples=64",
+            ]
+            for name in ("consistency", "scm", "lcm")
+        },
         "gan/dcgan": [
             "data.train.rows=200",
             "networks.generator.config.features=8",
