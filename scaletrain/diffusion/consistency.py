@@ -13,7 +13,9 @@ from torch import Tensor
 
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import Path
+from scaletrain.diffusion.reading import Reading
 from scaletrain.diffusion.solvers import ddim_step, times
+from scaletrain.errors import UserError
 
 Draw = Callable[[Tensor, int, Mapping[str, Tensor]], Tensor]
 
@@ -21,6 +23,15 @@ Draw = Callable[[Tensor, int, Mapping[str, Tensor]], Tensor]
 def to_data(denoiser: Denoiser, z: Tensor, t: Tensor) -> Tensor:
     """Return f(z, t) (B, ...) for z (B, ...) at times t (B,) after the first."""
     return ddim_step(denoiser, z, t, torch.full_like(t, denoiser.path.first))
+
+
+def check_boundary(reading: Reading, path: Path) -> None:
+    """Raise UserError where f(x, first) is what the network says, not x: without noise, an x₀ stands alone."""
+    if reading.prediction == "x0" and path.alpha_sigma(torch.tensor(path.first))[1] == 0:
+        raise UserError(
+            "objective.prediction: a network that predicts x0 may turn data without noise into others, and consistency "
+            "needs it to leave them as they are: take another prediction, or a path that ends with some noise."
+        )
 
 
 def stops(path: Path, steps: int, highest: float | None) -> list[float]:

@@ -41,7 +41,9 @@ class Even(Strict):
             return self.count
         return min(self.count * 2 ** min(updates // self.double_every, 32), self.most)
 
-    def draw(self, count: int, path: Path, updates: int, data_std: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, count: int, path: Path, updates: int, data_std: float, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Return t and s (count,)."""
         parts = self.parts(updates)
         share = 1 - stratified(count, device)  # in (0, 1]
@@ -69,16 +71,18 @@ class Near(Strict):
     mean: float = -1.1
     std: float = Field(2.0, gt=0)
 
-    def draw(self, count: int, path: Path, updates: int, data_std: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, count: int, path: Path, updates: int, data_std: float, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Return t and s (count,)."""
         unit = math.log(2 * data_std)
-        log_level = self.mean + self.std * normal(count, device)
+        t = path.time_at(-2 * (self.mean + self.std * normal(count, device) + unit))
+        t = t.clamp(float(path.time(torch.tensor(1e-4))), path.last)
+        level = torch.exp(-path.log_snr(t) / 2 - unit)
         stage = min(updates // self.every + 1, self.most)
-        ratio = 1 - (1 + self.k * torch.sigmoid(-self.b * log_level.exp())) / self.q**stage
-        t = path.time_at(-2 * (log_level + unit))
-        s = path.time_at(-2 * (log_level + unit + ratio.clamp(min=1e-30).log()))
-        t = t.clamp(path.time(torch.tensor(1e-4)).item(), path.last)
-        return t, torch.where(ratio > 0, torch.minimum(s.clamp(min=path.first), t), path.first)
+        ratio = 1 - (1 + self.k * torch.sigmoid(-self.b * level)) / self.q**stage
+        s = path.time_at(-2 * (torch.log(level * ratio.clamp(min=1e-30)) + unit)).clamp(min=path.first)
+        return t, torch.where(ratio > 0, torch.minimum(s, t), path.first)
 
 
 def _named(value: object) -> object:

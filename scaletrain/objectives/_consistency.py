@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.sources import Rows
-from scaletrain.diffusion.consistency import sampler, to_data
+from scaletrain.diffusion.consistency import check_boundary, sampler, to_data
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.intervals import Intervals
 from scaletrain.diffusion.path import beside
@@ -69,9 +69,10 @@ class Objective(_denoising.Objective[C], Generic[C]):
             )
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
-        """Find what is denoised, and that the solver can go to the end. Raises UserError."""
+        """Find what is denoised, that data stay what they are, and that the solver can go to them. Raises UserError."""
         super().prepare(train, eval)
         path = self.signature.reading.path
+        check_boundary(self.signature.reading, path)
         if self.config.solver != "ddim" and path.alpha_sigma(torch.tensor(path.first))[1] == 0:
             raise UserError(
                 f"objective.solver: {self.config.solver} asks the teacher about data without noise, with which "
@@ -86,9 +87,7 @@ class Objective(_denoising.Objective[C], Generic[C]):
             found["target"] = found[self.trained].model_copy(update={"source": source})
         return found
 
-    def difference(
-        self, student: Denoiser, target: Denoiser, z: Tensor, t: Tensor, y: Tensor, s: Tensor
-    ) -> Tensor:
+    def difference(self, student: Denoiser, target: Denoiser, z: Tensor, t: Tensor, y: Tensor, s: Tensor) -> Tensor:
         """Return the loss of f(z, t) against f⁻(y, s) of the same trajectory, (B,)."""
         aim = self.aim(target, z, t, y, s)
         error = student.loss(z, t, aim, self.config.weighting)

@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain.config import Recipe
-from scaletrain.diffusion.consistency import sampler
+from scaletrain.data.sources import Rows
+from scaletrain.diffusion.consistency import check_boundary, sampler
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import AnyPath, Trig, beside
 from scaletrain.diffusion.times import LogNormal, Times
@@ -50,6 +51,11 @@ class Objective(_denoising.Objective[Config]):
         super().__init__(config, recipe)
         self.steps = config.steps
         self._updates = 0
+
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Find what is denoised, and that data stay what they are. Raises UserError."""
+        super().prepare(train, eval)
+        check_boundary(self.signature.reading, self.flow)
 
     def new_path(self, data_std: float) -> AnyPath:
         """Return TrigFlow."""

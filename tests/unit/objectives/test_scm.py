@@ -11,6 +11,7 @@ from torch import Tensor
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import Cosine, Trig, beside
 from scaletrain.diffusion.reading import Reading
+from scaletrain.errors import UserError
 from scaletrain.networks.unet import Config as UNetConfig
 from scaletrain.networks.unet import UNet
 from tests.unit.objectives.small import GAUSSIAN, TURN, draws, flowed, made, networks, trained
@@ -31,7 +32,7 @@ def differences(student: Denoiser, z: Tensor, t: Tensor, slope: Tensor, h: float
 
 
 @pytest.mark.parametrize("path", ["trig", "cosine", "edm", "flow"])
-@pytest.mark.parametrize("kind", ["edm", "v", "eps", "x0"])
+@pytest.mark.parametrize("kind", ["edm", "v", "eps", "velocity"])
 def test_tangent_is_the_slope_by_finite_differences(path: str, kind: str) -> None:
     objective = made({"type": "scm", "path": path, "prediction": kind}, GAUSSIAN)
     nets = networks(objective, noisy=True)
@@ -67,7 +68,7 @@ def test_the_flow_of_a_gaussian_has_no_tangent() -> None:
     t = torch.linspace(0.05, 1.5, 20, dtype=torch.float64)
     z = flow.noisy(torch.randn(20, 2, dtype=torch.float64), torch.randn(20, 2, dtype=torch.float64), t)
     slope = objective.teacher(networks(objective)).along(flow).velocity(z, t)
-    student = Denoiser(knows, Reading(path=flow, prediction="x0", data_std=flow.data_std))
+    student = Denoiser(knows, Reading(path=flow, prediction="x0"))
     _, g = objective.tangent(student, z, t, slope)
     torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=1e-6)
 
@@ -106,6 +107,11 @@ def test_training_follows_the_straight_path() -> None:
     eps = (beside(t.sin(), z) * z + beside(t.cos(), z) * slope) / objective.flow.data_std
     assert float((x0.mean(0) - torch.tensor([1.5, 0.0])).norm()) < 0.3
     assert float(eps.std()) == pytest.approx(1, abs=0.2)
+
+
+def test_a_network_of_x0_is_refused() -> None:
+    with pytest.raises(UserError, match="leave them as they are"):
+        made({"type": "scm", "prediction": "x0", "path": "cosine"}, GAUSSIAN)
 
 
 def test_warm_up_brings_the_tangent_in() -> None:
@@ -172,5 +178,3 @@ def backwards(objective: Any) -> None:
 def test_broken_it_does_not_learn(broken: Any) -> None:
     found = trained(SETTING, 200, broken=broken)
     assert found["on_mode"] < whole()["on_mode"] - 0.2
-
-
