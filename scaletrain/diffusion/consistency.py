@@ -1,4 +1,4 @@
-"""Consistency functions: f(z, t) is the data that the probability flow through z at time t leads to (Song et al., 2023).
+"""Consistency functions: f(z, t) is the data that the flow through z at time t leads to (Song et al., 2023).
 
 f is one step of DDIM to the first time of the path: α x₀ + σ ε there. So f(x, first) = x holds on every path and for
 whatever the network predicts, as c_skip and c_out see to in their equation 5.

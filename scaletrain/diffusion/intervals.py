@@ -18,7 +18,8 @@ from scaletrain.diffusion.times import normal, stratified
 class Even(Strict):
     """One of `count` even parts of the path's grid, or what is left of the first; t is anywhere after the first time.
 
-    on_grid: share of the draws with t, and so s, at the ends of parts, as all are in Song et al. (2023). count doubles after every `double_every` updates up to `most` (Song & Dhariwal, 2024, section 3.4).
+    on_grid: share of the draws with t, and so s, at the ends of parts, as all are in Song et al. (2023), algorithm 2.
+    count doubles after every `double_every` updates up to `most` (Song & Dhariwal, 2024, section 3.4).
     """
 
     type: Literal["even"] = "even"

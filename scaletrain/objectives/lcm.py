@@ -7,15 +7,15 @@ teacher learns one scale and needs not be told it (Luo et al., 2023b, LCM-LoRA).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import final
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from scaletrain.config import Recipe
 from scaletrain.data.sources import Rows
-from scaletrain.diffusion.consistency import sampler
 from scaletrain.diffusion.intervals import Even, Intervals
 from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Sampler
@@ -52,7 +52,7 @@ class Objective(_consistency.Objective[Config]):
         if adapter and not any(word.endswith("guidance") for word in adapter.train_also):
             raise UserError(
                 "objective.scales: an adapter leaves out the layer that the student is told the scale by: leave `scales` "
-                "out and give one `guidance`, or name it in networks.student.adapter.train_also: [conditions.guidance]."
+                "out and give one `guidance`, or have networks.student.adapter.train_also: [conditions.guidance]."
             )
         self.tells = ("guidance",)
 
@@ -79,11 +79,11 @@ class Objective(_consistency.Objective[Config]):
 
     def sampler(self, network: nn.Module) -> Sampler:
         """Sample at the recipe's scale of guidance."""
-        plain = sampler(self.denoiser(network), self.config.highest, self.config.fresh)
+        plain = super().sampler(network)
         if not self.config.scales:
             return plain
 
-        def draw(noise: torch.Tensor, steps: int, told: dict[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[misc]
+        def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
             scale = torch.full((len(noise),), self.config.guidance, device=noise.device)
             return plain(noise, steps, {**told, "guidance": scale})
 

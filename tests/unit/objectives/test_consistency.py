@@ -116,7 +116,7 @@ def test_targets_have_no_gradient() -> None:
     gradient = [p.grad.clone() for p in nets["student"].parameters() if p.grad is not None]
     # by hand: Σ 2/D (x₀ − aim) ∂x₀/∂w with the aim held
     torch.manual_seed(1)
-    x0, batch = objective.data(draws(32))
+    x0, _ = objective.data(draws(32))
     t, s = objective.between(32, x0.device)
     student, teacher = objective.student(nets), objective.teacher(nets)
     z = student.path.noisy(x0, torch.randn_like(x0), t)
