@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from scaletrain.data.sources import Rows
 from scaletrain.diffusion.consistency import check_boundary, sampler, to_data
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.intervals import Intervals
-from scaletrain.diffusion.path import beside
+from scaletrain.diffusion.path import Path, beside
 from scaletrain.diffusion.prediction import Weighting
 from scaletrain.diffusion.solvers import STEPS, implied_x0
 from scaletrain.errors import UserError
@@ -53,30 +53,62 @@ class Config(Sampling):
     """Of the teacher's solver, from one time to the other."""
 
 
+S = TypeVar("S", bound=Sampling)
 C = TypeVar("C", bound=Config)
 
 
-class Objective(_denoising.Objective[C], Generic[C]):
+class Sampled(_denoising.Objective[S], Generic[S]):
+    """What trains a consistency function, in whatever time: how it samples, and how many updates there were."""
+
+    def __init__(self, config: S, recipe: Recipe):
+        super().__init__(config, recipe)
+        self.steps = config.steps
+        self._updates = 0
+
+    @property
+    def flow(self) -> Path:
+        """The path that it is a consistency function on."""
+        return self.signature.reading.path
+
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Find what is denoised, and that data stay what they are. Raises UserError."""
+        super().prepare(train, eval)
+        check_boundary(self.signature.reading, self.flow)
+
+    def sampler(self, network: nn.Module) -> Sampler:
+        """Sample as consistency models do."""
+        return sampler(self.denoiser(network).along(self.flow), self.config.highest, self.config.fresh)
+
+    def after_update(self, player: Player, networks: Networks) -> None:
+        """Count."""
+        self._updates = player.updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many updates there were."""
+        return {"updates": self._updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take that back."""
+        self._updates = state["updates"]
+
+
+class Objective(Sampled[C], Generic[C]):
     """Train `student` to say of two points of one trajectory that they come from the same data."""
 
     def __init__(self, config: C, recipe: Recipe):
         super().__init__(config, recipe)
-        self.steps = config.steps
-        self._updates = 0
         if config.solver not in ("ddim", "euler", "heun"):
             raise UserError(
                 f"objective.solver: {config.solver} goes no single step from one time to another; take ddim, or heun."
             )
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
-        """Find what is denoised, that data stay what they are, and that the solver can go to them. Raises UserError."""
+        """Find, too, that the solver can go to the data. Raises UserError."""
         super().prepare(train, eval)
-        path = self.signature.reading.path
-        check_boundary(self.signature.reading, path)
-        if self.config.solver != "ddim" and path.alpha_sigma(torch.tensor(path.first))[1] == 0:
+        if self.config.solver != "ddim" and self.flow.alpha_sigma(torch.tensor(self.flow.first))[1] == 0:
             raise UserError(
-                f"objective.solver: {self.config.solver} asks the teacher about data without noise, with which "
-                f"`{path.type}` ends; take ddim."  # type: ignore[attr-defined]
+                f"objective.solver: {self.config.solver} asks the teacher about data without noise, with which the "
+                "path ends; take ddim."
             )
 
     def networks(self) -> dict[str, NetworkSpec]:
@@ -120,34 +152,22 @@ class Objective(_denoising.Objective[C], Generic[C]):
         """Read the network that gives the targets."""
         return self.denoiser(networks["target" if self.config.target_decay is not None else self.trained])
 
-    def sampler(self, network: nn.Module) -> Sampler:
-        """Sample as consistency models do."""
-        return sampler(self.denoiser(network), self.config.highest, self.config.fresh)
-
-    # --- what is carried from step to step ----------------------------------------------------------------------------
-
     def after_update(self, player: Player, networks: Networks) -> None:
         """Move the target towards the student. At first it is the student as the first update left it."""
-        self._updates = player.updates
+        super().after_update(player, networks)
         if self.config.target_decay is not None:
             follow(networks["target"], networks[self.trained], self.config.target_decay if self._updates > 1 else 0.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many updates there were."""
-        return {"updates": self._updates}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take that back."""
-        self._updates = state["updates"]
 
 
 @torch.no_grad()
 def follow(target: nn.Module, student: nn.Module, decay: float) -> None:
     """Make each weight of `target` decay times what it is, and the rest of the student's."""
-    for kind in ("parameters", "buffers"):
-        of: Callable[[nn.Module], list[Tensor]] = lambda module: list(getattr(module, kind)())  # noqa: B023, E731
-        for own, other in zip(of(target), of(student), strict=True):
-            if own.is_floating_point():
-                own.lerp_(other.to(own.dtype), 1 - decay)
-            else:
-                own.copy_(other)
+    for own, other in zip(_tensors(target), _tensors(student), strict=True):
+        if own.is_floating_point():
+            own.lerp_(other.to(own.dtype), 1 - decay)
+        else:
+            own.copy_(other)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

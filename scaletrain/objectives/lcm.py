@@ -51,7 +51,7 @@ class Objective(_consistency.Objective[Config]):
         adapter = recipe.networks["student"].adapter if "student" in recipe.networks else None
         if adapter and not any(word.endswith("guidance") for word in adapter.train_also):
             raise UserError(
-                "objective.scales: an adapter leaves out the layer that the student is told the scale by: leave `scales` "
+                "objective.scales: an adapter leaves out the layer by which the student is told it: leave `scales` "
                 "out and give one `guidance`, or have networks.student.adapter.train_also: [conditions.guidance]."
             )
         self.tells = ("guidance",)

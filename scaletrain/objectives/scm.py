@@ -7,27 +7,23 @@ noise. Students and teachers of other paths are read on this one: they need not 
 
 from __future__ import annotations
 
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaletrain.config import Recipe
-from scaletrain.data.sources import Rows
-from scaletrain.diffusion.consistency import check_boundary, sampler
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import AnyPath, Trig, beside
 from scaletrain.diffusion.times import LogNormal, Times
-from scaletrain.evaluate.few_steps import Sampler
-from scaletrain.objectives import _denoising
-from scaletrain.objectives._consistency import Sampling
+from scaletrain.objectives import _consistency
 from scaletrain.objectives.base import Networks
-from scaletrain.player import Batch, Player, Term, Turn
+from scaletrain.player import Batch, Term, Turn
 
 
-class Config(Sampling):
+class Config(_consistency.Sampling):
     """Options of `objective` for `type: scm`."""
 
     learns_from: Literal["teacher", "data"] = "teacher"
@@ -43,19 +39,12 @@ class Config(Sampling):
 
 
 @final
-class Objective(_denoising.Objective[Config]):
+class Objective(_consistency.Sampled[Config]):
     """Train `student` by the slope of its answers, from `teacher`, which is frozen, or from data alone."""
 
     def __init__(self, config: Config, recipe: Recipe):
         self.needs_teacher = config.learns_from == "teacher" or "teacher" in recipe.networks
         super().__init__(config, recipe)
-        self.steps = config.steps
-        self._updates = 0
-
-    def prepare(self, train: Rows, eval: Rows | None) -> None:
-        """Find what is denoised, and that data stay what they are. Raises UserError."""
-        super().prepare(train, eval)
-        check_boundary(self.signature.reading, self.flow)
 
     def new_path(self, data_std: float) -> AnyPath:
         """Return TrigFlow."""
@@ -105,21 +94,3 @@ class Objective(_denoising.Objective[Config]):
             assert change is not None
         rise = min(1.0, self._updates / self.config.warmup) if self.config.warmup else 1.0
         return velocity, -(cos**2) * (velocity - slope) - rise * (cos * sin * z + change)
-
-    def sampler(self, network: nn.Module) -> Sampler:
-        """Sample as consistency models do, on TrigFlow."""
-        return sampler(self.denoiser(network).along(self.flow), self.config.highest, self.config.fresh)
-
-    # --- what is carried from step to step ----------------------------------------------------------------------------
-
-    def after_update(self, player: Player, networks: Networks) -> None:
-        """Count."""
-        self._updates = player.updates
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many updates there were."""
-        return {"updates": self._updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # type: ignore[override]
-        """Take that back."""
-        self._updates = state["updates"]

@@ -242,7 +242,7 @@ def test_a_target_gives_the_targets() -> None:
     ("options", "told"),
     [
         ({"solver": "dpmpp_2m"}, "no single step"),
-        ({"solver": "heun", "path": "flow"}, "data without noise, with which `flow` ends"),
+        ({"solver": "heun", "path": "flow"}, "about data without noise"),
         ({"prediction": "x0", "path": "flow"}, "leave them as they are"),
         ({"learns_from": "data", "solver_steps": 2}, "objective.solver_steps"),
         ({"intervals": {"type": "even", "count": 8, "most": 16}}, "belong together"),
