@@ -25,7 +25,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,7 @@ from scaletrain.errors import Interrupted, UserError, agreed
 from scaletrain.evaluator import Evaluator
 from scaletrain.guard import Rollback, Spikes
 from scaletrain.meter import Meter
+from scaletrain.nonfinite import watched
 from scaletrain.objectives.base import Data, Objective
 from scaletrain.player import Player, Term, Turn
 from scaletrain.position import next_window, steps_of, windows_before
@@ -214,11 +215,15 @@ class Trainer:
         if self.objective.surveys:
             begun = (self._begin(turn, repeat, micro) for micro in micros)
             known = surveyed(begun, turn, networks, counts, self.crew, self.recipe)
-        for micro in micros:
+
+        def loss_of(micro: Micro) -> dict[str, Term]:
             batch = self._begin(turn, repeat, micro) | known
+            with autocast(device, self.recipe.train.precision):
+                return self.objective.loss(turn, networks, batch)
+
+        for micro in micros:
             with self.engine.accumulate(player, last=micro is micros[-1]):
-                with autocast(device, self.recipe.train.precision):
-                    terms = self.objective.loss(turn, networks, batch)
+                terms = loss_of(micro)
                 loss = sum(t.weight / counts[t.per] * t.sum.float() for t in terms.values() if t.weight)
                 assert isinstance(loss, torch.Tensor)
                 self.engine.backward(player, loss * self.world.size)
@@ -244,7 +249,7 @@ class Trainer:
         else:
             player.skipped += 1
             if outcome.finite or not scaled:
-                self._refuse(turn, player, micros, losses, found)
+                self._refuse(turn, player, micros, losses, found, loss_of)
         if not logged:
             return {}
         totals = self.world.total(torch.stack(list(sums.values())).tolist())
@@ -323,7 +328,13 @@ class Trainer:
         return not fault
 
     def _refuse(
-        self, turn: Turn, player: Player, micros: list[Micro], losses: list[torch.Tensor], found: list[str]
+        self,
+        turn: Turn,
+        player: Player,
+        micros: list[Micro],
+        losses: list[torch.Tensor],
+        found: list[str],
+        loss_of: Callable[[Micro], object],
     ) -> None:
         """Do, on every rank, what the recipe says about an update that was not made, and say where it came from."""
         guard = self.recipe.train.guard
@@ -344,6 +355,11 @@ class Trainer:
         elif policy == "rollback" and len(self.progress.skipped) < guard.limit:
             raise Rollback(text, self.global_step, (micros[0].window,))
         else:
+            if held and not found:
+                with watched(self.engine.plain()) as places:  # once more, as all ranks call networks together
+                    loss_of((bad or micros)[0])
+                first = next((names[0] for names in self.world.gather(places) if names), "")
+                text += f" The first that is not: {first}." if first else ""
             raise agreed(
                 UserError(
                     f"{text} Nothing was updated. Look at these samples; or lower players.{player.name}.optimizer.lr, "

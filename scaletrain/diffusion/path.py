@@ -56,7 +56,7 @@ class Path(Strict):
     def log_snr(self, t: Tensor) -> Tensor:
         """Return log α²/σ² at times t, in its shape."""
         alpha, sigma = self.alpha_sigma(t)
-        return 2 * (alpha.log() - sigma.log())
+        return 2 * (alpha.clamp(min=0).log() - sigma.log())  # cos(π/2) is below 0, rounded
 
     def noisy(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return z_t (B, ...)."""
@@ -68,9 +68,14 @@ class Path(Strict):
         _, sigma = self.alpha_sigma(torch.tensor(self.last, dtype=noise.dtype, device=noise.device))
         return sigma * noise
 
+    def time(self, share: Tensor) -> Tensor:
+        """Return the times at shares of the way from `first` to `last` along which grids are even."""
+        return self.first + (self.last - self.first) * share
+
     def grid(self, steps: int) -> list[float]:
         """Return the times of a sampler of so many steps, `last` to `first`: steps + 1, evenly spaced."""
-        return [self.last + (self.first - self.last) * i / steps for i in range(steps + 1)]
+        found: list[float] = self.time(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tolist()
+        return found
 
 
 def beside(values: Tensor, like: Tensor) -> Tensor:
@@ -264,10 +269,10 @@ class EDM(Path):
         """Return ln(σ) / 4 (Karras et al., 2022, table 1)."""
         return t.log() / 4
 
-    def grid(self, steps: int) -> list[float]:
+    def time(self, share: Tensor) -> Tensor:
         """Return times evenly spaced in σ^(1/ρ) (Karras et al., 2022, equation 5)."""
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        return [float((high + (low - high) * i / steps) ** self.rho) for i in range(steps + 1)]
+        return (low + (high - low) * share) ** self.rho
 
 
 @final
@@ -294,10 +299,9 @@ class Flow(Path):
         """Return σ / (α + σ)."""
         return torch.sigmoid(-log_snr / 2)
 
-    def grid(self, steps: int) -> list[float]:
+    def time(self, share: Tensor) -> Tensor:
         """Return times evenly spaced and then shifted."""
-        even = super().grid(steps)
-        return [self.shift * t / (1 + (self.shift - 1) * t) for t in even]
+        return self.shift * share / (1 + (self.shift - 1) * share)
 
 
 @final

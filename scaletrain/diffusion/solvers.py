@@ -5,7 +5,7 @@ Each takes a grid of times, falling, and returns x₀: the last evaluation is at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -45,12 +45,10 @@ def solve(denoiser: Denoiser, z: Tensor, grid: Sequence[float], solver: Solver =
     """Return x₀ (B, ...) of z at the first time of a grid. The last part is DDIM's for all: its x₀ at the last time but
     one. ancestral draws from torch's global generator.
     """
-    steps: dict[str, Callable[[Denoiser, Tensor, Tensor, Tensor], Tensor]]
-    steps = {"ddim": ddim_step, "euler": euler_step, "heun": heun_step, "ancestral": ancestral_step}
     if solver == "dpmpp_2m":
         return _dpmpp_2m(denoiser, z, grid)
     for t, s in pairwise(grid[:-1]):
-        z = steps[solver](denoiser, z, times(t, z), times(s, z))
+        z = STEPS[solver](denoiser, z, times(t, z), times(s, z))
     return denoiser(z, times(grid[-2], z))[0]
 
 
@@ -62,6 +60,15 @@ def ancestral_step(denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor) -> Tenso
     share = (ratio * sigma_s / sigma) ** 2  # of the noise at t that is there at s already
     mean = ratio * (sigma_s / sigma) ** 2 * z + alpha_s * (1 - share) * x0
     return mean + sigma_s * torch.sqrt((1 - share).clamp(min=0)) * torch.randn_like(z)
+
+
+STEPS: Mapping[str, Callable[[Denoiser, Tensor, Tensor, Tensor], Tensor]] = {
+    "ddim": ddim_step,
+    "euler": euler_step,
+    "heun": heun_step,
+    "ancestral": ancestral_step,
+}
+"""Solvers of one step: (denoiser, z (B, ...), t (B,), s (B,)) -> z at s."""
 
 
 def _dpmpp_2m(denoiser: Denoiser, z: Tensor, grid: Sequence[float]) -> Tensor:

@@ -42,7 +42,7 @@ class LogitNormal(Strict):
 
     def draw(self, count: int, path: Path, device: torch.device) -> Tensor:
         """Return times (count,)."""
-        share = torch.sigmoid(self.mean + self.std * _normal(count, device))
+        share = torch.sigmoid(self.mean + self.std * normal(count, device))
         return path.first + (path.last - path.first) * share
 
 
@@ -56,10 +56,10 @@ class LogNormal(Strict):
 
     def draw(self, count: int, path: Path, device: torch.device) -> Tensor:
         """Return times (count,)."""
-        return path.time_at(-2 * (self.mean + self.std * _normal(count, device))).clamp(path.first, path.last)
+        return path.time_at(-2 * (self.mean + self.std * normal(count, device))).clamp(path.first, path.last)
 
 
-def _normal(count: int, device: torch.device) -> Tensor:
+def normal(count: int, device: torch.device) -> Tensor:
     """Return normal quantiles of stratified shares (count,)."""
     shares = stratified(count, device).double().clamp(1e-7, 1 - 1e-7)
     return (math.sqrt(2) * torch.erfinv(2 * shares - 1)).float()

@@ -77,6 +77,7 @@ class Objective(base.Objective[C], Generic[C]):
     tells: tuple[str, ...] = ()
     """What the trained network is told beside its condition, of `guidance` and `target`."""
     needs_teacher: bool = True
+    """Whether it learns from one. Set it in `__init__` when it depends on options."""
     scales: tuple[float, float] | None = None
     """Of guidance that the student is told; by default those that its teacher is told."""
 
@@ -179,18 +180,18 @@ class Objective(base.Objective[C], Generic[C]):
 
     def _reading(self, found: float) -> Reading:
         """Return how the trained network is read. found: the standard deviation of the data."""
-        config, teacher = self.config, self._teacher
-        known = teacher.reading if teacher else None
-        if not self._exact and self.needs_teacher and known is None:
+        config, before = self.config, self._teacher or self._signature
+        known = before.reading if before else None
+        if not self._exact and self.needs_teacher and self._teacher is None:
             for key in ("path", "prediction"):
                 if getattr(config, key) is None:
                     raise UserError(
                         f"objective.{key}: the teacher does not say on which path it was trained and what it predicts; "
                         f"give both, `objective.path` and `objective.prediction`."
                     )
-        path = config.path or (known.path if known else Cosine())
-        fallback: Prediction = known.prediction if known else ("edm" if self._exact else "v")
         std = config.data_std or (known.data_std if known else found)
+        path = config.path or (known.path if known else self.new_path(std))
+        fallback: Prediction = known.prediction if known else ("edm" if self._exact else "v")
         reading = Reading(path=path, prediction=config.prediction or fallback, data_std=std)
         if reading.begins_blind:
             raise UserError(
@@ -198,6 +199,10 @@ class Objective(base.Objective[C], Generic[C]):
                 f"`{reading.prediction}` does not tell x0 there; predict `velocity`, `v`, `x0` or `edm`."
             )
         return reading
+
+    def new_path(self, data_std: float) -> AnyPath:
+        """Return the path of a network that goes on from no other."""
+        return Cosine()
 
     @property
     def signature(self) -> Signature:

@@ -182,16 +182,17 @@ def overrides(recipe: str, folder: Path) -> list[str]:
         ],
         **{
             f"distill/{name}_gmm": ["networks.student.config.hidden=[8, 8]", "objective.compare_samples=64"]
-            for name in ("ctm", "shortcut", "meanflow")
+            for name in ("consistency", "scm", "lcm", "ctm", "shortcut", "meanflow")
         },
         **{
             f"distill/{name}": [
                 "data.train=noise:64",
+                "data.holdout=0",
                 "networks.teacher={type: mixture}",
                 "networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
                 "objective.compare_samples=64",
             ]
-            for name in ("ctm", "shortcut", "meanflow")
+            for name in ("consistency", "scm", "lcm", "ctm", "shortcut", "meanflow")
         },
         "gan/dcgan": [
             "data.train.rows=200",
