@@ -276,11 +276,15 @@ class Objective(base.Objective[C], Generic[C]):
             return batch[self.signature.space], batch
         if self._source is None:
             raise UserError("data.train=noise:N: this objective needs data, which its teacher cannot draw; give some.")
-        count, source = len(batch["draw"]), self._source.to(batch["draw"].device)
-        if self.signature.condition is None:
-            return source.draw(count), batch
-        label = torch.randint(self.signature.classes, (count,), device=batch["draw"].device)
-        return source.draw(count, label), {**batch, "label": label}
+        batch = self.labelled(batch)
+        source = self._source.to(batch["draw"].device)
+        return source.draw(len(batch["draw"]), batch.get("label")), batch
+
+    def labelled(self, batch: Batch) -> Batch:
+        """Return a batch with classes, where networks are told them: drawn evenly where it has no data."""
+        if self.signature.condition is None or "draw" not in batch:
+            return batch
+        return {**batch, "label": torch.randint_like(batch["draw"], self.signature.classes)}
 
     # --- samples ------------------------------------------------------------------------------------------------------
 
