@@ -6,7 +6,6 @@ student's x₀ is noised anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.sources import Rows
-from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.path import beside
 from scaletrain.diffusion.solvers import sample
 from scaletrain.diffusion.times import Times, Uniform
 from scaletrain.errors import UserError
@@ -96,7 +93,7 @@ class Objective(_denoising.Objective[C], Generic[C]):
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the energy score of samples (see `energy_scores`), on all values, of the classes of real ones."""
         x0, batch = self.data(batch)
-        twice: Mapping[str, Tensor] = {k: torch.cat([v, v]) for k, v in self.told(batch).items()}
+        twice = {k: torch.cat([v, v]) for k, v in self.told(batch).items()}
         noise = torch.cat([self.noise(batch), self.noise(batch)])  # there may be but one real sample
         made = self.sampler(networks[self.trained])(noise, self.steps, twice)
         return {"energy_score": Term(energy_scores(x0.flatten(1).float(), made.flatten(1).float()), "samples")}
@@ -117,7 +114,7 @@ class Objective(_denoising.Objective[C], Generic[C]):
         if config.r1:
             seen.append(z + _NUDGE * torch.randn_like(z))
         count = len(seen)
-        told = {k: v.repeat(count, *(1,) * (v.dim() - 1)) for k, v in told.items()}
+        told = {k: torch.cat([v] * count) for k, v in told.items()}
         said = networks["critic"](torch.cat(seen), time.repeat(count), **told).chunk(count)
         found = tell_apart(config.contest, said[0], said[1])
         terms = {"real": Term(found[0], "samples"), "made": Term(found[1], "samples")}

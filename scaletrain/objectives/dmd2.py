@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 import torch
 from pydantic import Field
@@ -33,9 +33,11 @@ class Config(_judged.Config):
 
     every: int = Field(5, ge=1)
     """Updates of the fake score for one of the student (2024b, section 4.2)."""
-    normalised: bool = True
-    """Divide the gradient of a sample by the mean of |x₀ − the teacher's x₀| (2024a, equation 8). Else it is that of
-    the KL divergence at each time, which grows with SNR: then choose `times`."""
+    gradient: Literal["normalised", "expected", "kl"] = "normalised"
+    """What the difference of the two x₀ is divided by. normalised: the mean of |x₀ − the teacher's x₀| over the values
+    of a sample (2024a, equation 8). expected: that of a Gaussian of the data's standard deviation d, to a factor,
+    d σ / √(α² d² + σ²): for samples of few values, whose mean is now and then next to 0. kl: 1 / SNR, so that it is the
+    gradient of the KL divergence at each time; it grows with SNR: choose `times`."""
     adversarial: float = Field(0.0, ge=0)
     """Weight of the critic's judgement in the student's loss (2024b, section 4.3, where the critic shares weights with
     the fake score); 0: there is no critic, and no need of data."""
@@ -128,7 +130,10 @@ class Objective(_judged.Objective[Config]):
         z = real.path.noisy(x0, eps, t)
         target = real(z, t)[0]
         apart = fake(z, t)[0] - target
-        if self.config.normalised:
+        if self.config.gradient == "normalised":
             return apart / beside((x0 - target).abs().flatten(1).mean(1), apart)
         alpha, sigma = real.path.at(t, z)
-        return (alpha / sigma) ** 2 * apart
+        if self.config.gradient == "kl":
+            return (alpha / sigma) ** 2 * apart
+        std = self.signature.reading.data_std
+        return torch.hypot(std * alpha, sigma) / (std * sigma) * apart
