@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.classes import Classes
-from scaletrain.data.dataset import Dataset
+from scaletrain.data.dataset import Dataset, TensorDataset
 from scaletrain.data.images import ImageOptions
 from scaletrain.data.points import draws, points
 from scaletrain.data.sources import Rows
@@ -358,8 +358,13 @@ class Objective(base.Objective[C], Generic[C]):
         if self._source is not None:
             return ModesJudge(self._source.to(view.device), view.seed)
         assert view.data.eval is not None
-        train, held = (_real(part, self.signature.space, view.device) for part in (view.data.train, view.data.eval))
-        return PictureJudge(train, held)
+        space, train = self.signature.space, view.data.train
+        held = _real(view.data.eval, space, view.device)
+        if isinstance(train, TensorDataset) and "draw" in train.tensors:  # it did without data
+            return PictureJudge(
+                *(Real(held.samples[i::2], None if held.labels is None else held.labels[i::2]) for i in (0, 1))
+            )
+        return PictureJudge(_real(train, space, view.device), held)
 
 
 def _in_parts(pictures: bool) -> Callable[[Sampler], Sampler]:
