@@ -361,9 +361,9 @@ class Objective(base.Objective[C], Generic[C]):
         space, train = self.signature.space, view.data.train
         held = _real(view.data.eval, space, view.device)
         if isinstance(train, TensorDataset) and "draw" in train.tensors:  # it did without data
-            return PictureJudge(
-                *(Real(held.samples[i::2], None if held.labels is None else held.labels[i::2]) for i in (0, 1))
-            )
+            labels = held.labels
+            halves = (Real(held.samples[i::2], None if labels is None else labels[i::2]) for i in (0, 1))
+            return PictureJudge(*halves)
         return PictureJudge(_real(train, space, view.device), held)
 
 

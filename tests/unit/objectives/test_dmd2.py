@@ -243,9 +243,10 @@ def test_turns_keep_the_fake_score_ahead() -> None:
     assert [(t.player, t.every) for t in turns] == [("fake_score", 1), ("critic", 1), ("student", 2)]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"adversarial": 0.5, "contest": "non_saturating", "r1": 0.1}, {"steps": 2, "condition": "label"}]
-)
+CRITICISED = {"adversarial": 0.5, "contest": "non_saturating", "r1": 0.1}
+
+
+@pytest.mark.parametrize("options", [{}, CRITICISED, {"steps": 2, "condition": "label"}])
 def test_each_turn_gives_gradients_to_its_own_player(options: dict[str, Any]) -> None:
     game = objective(**options)
     networks: dict[str, nn.Module] = {}
