@@ -157,7 +157,7 @@ def overrides(recipe: str, folder: Path) -> list[str]:
         ],
         "distill/adversarial_gmm": [
             "objective.compare_samples=64",
-            "networks.critic={config: {hidden: [8, 8]}}",
+            "stages.contest.networks.critic={config: {hidden: [8, 8]}}",
             "stages.copy.networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
         ],
         **{
