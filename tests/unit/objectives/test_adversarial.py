@@ -176,7 +176,7 @@ def trained(steps: int, **options: Any) -> float:
 
 
 def test_the_critic_teaches_and_the_teacher_alone_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = trained(500, distillation=0.1)
-    assert right < 0.1
+    right = trained(400, distillation=0.1)
+    assert right < 0.25
     monkeypatch.setattr(F, "softplus", lambda x: 0 * x)  # nobody is misled, and no critic learns
-    assert trained(500, distillation=2.5) > 3 * right
+    assert trained(400, distillation=2.5) > 5 * right

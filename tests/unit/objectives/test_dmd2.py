@@ -283,6 +283,8 @@ def trained(monkeypatch: pytest.MonkeyPatch, gradient: Callable[..., Tensor] | N
         name: torch.optim.Adam(networks[name].parameters(), 3e-3, (0.5, 0.99)) for name in ("student", "fake_score")
     }
     for step in range(600):
+        for optimiser in optimisers.values():
+            optimiser.param_groups[0]["lr"] = 4e-3 * (1 - step / 600)
         for turn in game.turns:
             if step % turn.every:
                 continue
@@ -300,7 +302,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, gradient: Callable[..., Tensor] | N
 
 def test_without_a_fake_score_of_its_own_the_student_does_not_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     right = trained(monkeypatch, None)
-    assert right < 0.03
+    assert right < 0.1
 
     def teachers(real: Denoiser, fake: Denoiser, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         return objective(gradient="expected").gradient(real, real, x0, t, eps)
@@ -309,5 +311,5 @@ def test_without_a_fake_score_of_its_own_the_student_does_not_learn(monkeypatch:
         return (x0 - real(real.path.noisy(x0, eps, t), t)[0]).detach()
 
     broken = {"the teacher's": trained(monkeypatch, teachers), "none": trained(monkeypatch, none)}
-    assert min(broken.values()) > 5 * right, (right, broken)
+    assert min(broken.values()) > 10 * right, (right, broken)
     assert not math.isnan(sum(broken.values()))
