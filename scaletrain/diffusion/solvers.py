@@ -15,7 +15,7 @@ from torch import Tensor
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import Path, beside
 
-Solver = Literal["ddim", "euler", "heun", "dpmpp_2m", "ancestral"]
+Solver = Literal["ddim", "euler", "heun", "dpmpp_2m", "ancestral", "renoise"]
 
 
 def times(t: float, like: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def euler_step(denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 def solve(denoiser: Denoiser, z: Tensor, grid: Sequence[float], solver: Solver = "ddim") -> Tensor:
     """Return x₀ (B, ...) of z at the first time of a grid. The last part is DDIM's for all: its x₀ at the last time but
-    one. ancestral draws from torch's global generator.
+    one. ancestral and renoise draw from torch's global generator.
     """
     if solver == "dpmpp_2m":
         return _dpmpp_2m(denoiser, z, grid)
@@ -62,11 +62,18 @@ def ancestral_step(denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor) -> Tenso
     return mean + sigma_s * torch.sqrt((1 - share).clamp(min=0)) * torch.randn_like(z)
 
 
+def renoise_step(denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Noise x₀ anew, to times s (Song et al., 2023, algorithm 1): for networks that tell all of x₀ in one step."""
+    x0, _ = denoiser(z, t)
+    return denoiser.path.noisy(x0, torch.randn_like(x0), s)
+
+
 STEPS: Mapping[str, Callable[[Denoiser, Tensor, Tensor, Tensor], Tensor]] = {
     "ddim": ddim_step,
     "euler": euler_step,
     "heun": heun_step,
     "ancestral": ancestral_step,
+    "renoise": renoise_step,
 }
 """Solvers of one step: (denoiser, z (B, ...), t (B,), s (B,)) -> z at s."""
 

@@ -34,3 +34,12 @@ def energy_distance(x: Tensor, y: Tensor, unbiased: bool = True) -> float:
         scale = len(points) / (len(points) - 1) if unbiased else 1.0
         within.append(scale * mean_distance(points, points))
     return 2 * mean_distance(x, y) - sum(within)
+
+
+def energy_scores(x: Tensor, made: Tensor) -> Tensor:
+    """Return the sum, over held-out samples x (N, D), of E|x − g| − E|g − g'| / 2 over made ones g (M, D), M ≥ 2.
+
+    It is least, on average, for the distribution of the data, and for no other (Gneiting and Raftery, 2007, equation
+    22).
+    """
+    return torch.cdist(x, made).mean(1).sum() - len(x) / 2 * torch.pdist(made).mean()

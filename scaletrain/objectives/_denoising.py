@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.classes import Classes
-from scaletrain.data.dataset import Dataset
+from scaletrain.data.dataset import Dataset, TensorDataset
 from scaletrain.data.images import ImageOptions
 from scaletrain.data.points import draws, points
 from scaletrain.data.sources import Rows
@@ -316,11 +316,15 @@ class Objective(base.Objective[C], Generic[C]):
             return batch[self.signature.space], batch
         if self._source is None:
             raise UserError("data.train=noise:N: this objective needs data, which its teacher cannot draw; give some.")
-        count, source = len(batch["draw"]), self._source.to(batch["draw"].device)
-        if self.signature.condition is None:
-            return source.draw(count), batch
-        label = torch.randint(self.signature.classes, (count,), device=batch["draw"].device)
-        return source.draw(count, label), {**batch, "label": label}
+        batch = self.labelled(batch)
+        source = self._source.to(batch["draw"].device)
+        return source.draw(len(batch["draw"]), batch.get("label")), batch
+
+    def labelled(self, batch: Batch) -> Batch:
+        """Return a batch with classes, where networks are told them: drawn evenly where it has no data."""
+        if self.signature.condition is None or "draw" not in batch:
+            return batch
+        return {**batch, "label": torch.randint_like(batch["draw"], self.signature.classes)}
 
     # --- samples ------------------------------------------------------------------------------------------------------
 
@@ -401,8 +405,13 @@ class Objective(base.Objective[C], Generic[C]):
         if self._source is not None:
             return ModesJudge(self._source.to(view.device), view.seed)
         assert view.data.eval is not None
-        train, held = (_real(part, self.signature.space, view.device) for part in (view.data.train, view.data.eval))
-        return PictureJudge(train, held)
+        space, train = self.signature.space, view.data.train
+        held = _real(view.data.eval, space, view.device)
+        if isinstance(train, TensorDataset) and "draw" in train.tensors:  # it did without data
+            labels = held.labels
+            halves = (Real(held.samples[i::2], None if labels is None else labels[i::2]) for i in (0, 1))
+            return PictureJudge(*halves)
+        return PictureJudge(_real(train, space, view.device), held)
 
 
 def _in_parts(pictures: bool) -> Callable[[Sampler], Sampler]:

@@ -5,11 +5,10 @@ Goodfellow et al. (2014), with the networks of Radford et al. (2016) by default.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 
 from scaletrain.config import NetworkSpec, Recipe
@@ -17,7 +16,9 @@ from scaletrain.data.dataset import Dataset
 from scaletrain.data.images import ImageOptions
 from scaletrain.data.sources import Rows
 from scaletrain.errors import UserError
+from scaletrain.evaluate.distances import energy_scores
 from scaletrain.objectives import base
+from scaletrain.objectives._adversarial import Contest, mislead, tell_apart
 from scaletrain.objectives.base import Networks, Request, Samples, completed
 from scaletrain.player import Batch, Term, Turn
 
@@ -27,7 +28,7 @@ class Config(ImageOptions):
 
     latent: int = Field(100, ge=1)
     """Length of the noise vector, drawn from N(0, 1)."""
-    loss: Literal["non_saturating", "hinge"] = "non_saturating"
+    loss: Contest = "non_saturating"
     """Goodfellow et al. (2014), section 3, or Lim and Ye (2017)."""
     critic_repeats: int = Field(1, ge=1)
     """Updates of the critic for each one of the generator."""
@@ -80,7 +81,8 @@ class Objective(base.Objective[Config]):
         real = batch["image"]
         z = torch.randn(len(real), self.config.latent, device=real.device)
         if turn.name == "generator":
-            return {"adversarial": Term(self._mislead(networks["critic"](networks["generator"](z))), "images")}
+            judged = networks["critic"](networks["generator"](z))
+            return {"adversarial": Term(mislead(self.config.loss, judged), "images")}
         with torch.no_grad():
             made = networks["generator"](z)
         # Two calls, so that BatchNorm sees real and made pictures apart, as in the paper.
@@ -89,32 +91,20 @@ class Objective(base.Objective[Config]):
 
     def _tell(self, real: torch.Tensor, made: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the critic's sums over logits (B,) of real and of made pictures."""
-        real, made = real.float(), made.float()
-        if self.config.loss == "hinge":
-            return F.relu(1 - real).sum(), F.relu(1 + made).sum()
-        target = torch.full_like(real, self.config.real_target)
-        return F.binary_cross_entropy_with_logits(real, target, reduction="sum"), F.softplus(made).sum()
-
-    def _mislead(self, made: torch.Tensor) -> torch.Tensor:
-        """Return the generator's sum over the critic's logits (B,)."""
-        return -made.float().sum() if self.config.loss == "hinge" else F.softplus(-made.float()).sum()
+        return tell_apart(self.config.loss, real, made, self.config.real_target)
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
-        """Return the energy score of the generator, which is the `loss` here, and both players' losses.
-
-        The score of a held-out picture x is E|x - g| - E|g - g'| / 2 over made pictures g, values in [0, 1]: least, on
-        average, for the distribution of the data, and for no other (Gneiting and Raftery, 2007, equation 22).
+        """Return the energy score of the generator, which is the `loss` here, on values in [0, 1], and both players'
+        losses.
         """
         real = batch["image"]
         count = len(real)
         made = networks["generator"](torch.randn(max(count, 2), self.config.latent, device=real.device))
         told = self._tell(networks["critic"](real), networks["critic"](made[:count]))
-        x, g = _points(real), _points(made)
-        score = torch.cdist(x, g).mean(1).sum() - count / 2 * torch.pdist(g).mean()
         return {
-            "energy_score": Term(score, "images"),
+            "energy_score": Term(energy_scores(_points(real), _points(made)), "images"),
             "critic": Term(told[0] + told[1], "images", weight=0.0),
-            "generator": Term(self._mislead(networks["critic"](made[:count])), "images", weight=0.0),
+            "generator": Term(mislead(self.config.loss, networks["critic"](made[:count])), "images", weight=0.0),
         }
 
     def conclude(self, metrics: dict[str, float]) -> dict[str, float]:

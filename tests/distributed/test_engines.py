@@ -21,7 +21,7 @@ from tests.recipes.tiny import make_data, overrides
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-RECIPES = ("lm/pretrain", "lm/lora", "gan/dcgan", "quickstart")
+RECIPES = ("lm/pretrain", "lm/lora", "gan/dcgan", "quickstart", "distill/dmd2")
 TOLERANCE = {
     "fp32": dict.fromkeys(ENGINES, 1e-5),
     "bf16": {**dict.fromkeys(ENGINES, 1e-5), "fsdp2": 5e-3, "zero3": 2e-3},
@@ -54,7 +54,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipes' data, and the quickstart cut to its teacher and the first student."""
+    """The recipes' data; the quickstart cut to its teacher and the first student; dmd2 after a teacher of its own."""
     folder = tmp_path_factory.mktemp("engines")
     make_data(folder)
     (folder / "held.txt").write_text("the cat sat under a tree and then slept\n" * 12)
@@ -67,6 +67,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     quickstart |= {"stages": [teacher, student]}
     quickstart["data"]["train"] = {"path": "sklearn:digits", "rows": 100}
     (folder / "quickstart.yaml").write_text(yaml.safe_dump(quickstart))
+    matched = yaml.safe_load((SHIPPED / "distill" / "dmd2.yaml").read_text())
+    none = dict.fromkeys(matched["players"])
+    network = {"from": "stage:teacher/model"}
+    matched["networks"] = {"student": network, "teacher": {**network, "frozen": True}, "critic": {}}
+    matched["networks"]["critic"]["config"] = {"features": [8, 16]}
+    matched["objective"] |= {"steps": 2, "every": 2, "compare_samples": 64}
+    matched["data"] = quickstart["data"]
+    matched["stages"] = [
+        {**teacher, "networks": {**dict.fromkeys(matched["networks"]), **teacher["networks"]}},
+        {"name": "match", "train": {"duration": "20 steps"}},
+    ]
+    matched["stages"][0]["players"] |= none
+    (folder / "dmd2.yaml").write_text(yaml.safe_dump(matched))
     return folder
 
 
@@ -74,8 +87,8 @@ def command(name: str, data: Path, *changes: str) -> list[object]:
     """Return the command of a recipe made small: 20 steps, two evaluations, averages of all networks."""
     always = ["train.global_batch=8", "train.micro_batch=2", "evaluate.every=10 steps", "evaluate.samples=0"]
     always += ["log.every=1", "checkpoint.every=1000 steps", *changes]
-    if name == "quickstart":
-        return ["run", data / "quickstart.yaml", *always, "train.micro_batch=4"]
+    if name in ("quickstart", "distill/dmd2"):
+        return ["run", data / f"{Path(name).name}.yaml", *always, "train.micro_batch=4"]
     averages = [f"players.{p}.ema={{decay: 0.9}}" for p in (("generator", "critic") if "gan" in name else ("model",))]
     own = {
         "lm/pretrain": [f"data.eval={data}/held.txt"],

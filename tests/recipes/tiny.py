@@ -172,6 +172,25 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             "networks.teacher={type: mixture}",
             "networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
         ],
+        "distill/dmd2_gmm": [
+            "objective.compare_samples=64",
+            "stages.copy.networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
+        ],
+        "distill/adversarial_gmm": [
+            "objective.compare_samples=64",
+            "stages.contest.networks.critic={config: {hidden: [8, 8]}}",
+            "stages.copy.networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
+        ],
+        **{
+            f"distill/{name}": [
+                "data.train=noise:64",
+                "data.holdout=0",
+                "networks.teacher={type: mixture}",
+                "networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
+                "objective.compare_samples=64",
+            ]
+            for name in ("dmd2", "adversarial")
+        },
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [
             "data.train=sklearn:digits",
