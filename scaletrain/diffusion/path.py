@@ -305,7 +305,8 @@ class Trig(Path):
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos t and data_std · sin t."""
-        return torch.cos(t), self.data_std * torch.sin(t)
+        # The cosine as a sine of the rest: fp32's of π / 2 is below 0, which has no logarithm.
+        return torch.sin(math.pi / 2 - t), self.data_std * torch.sin(t)
 
     def slopes(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return −sin t and data_std · cos t."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import final
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ class Config(Conditioned):
     """Coordinates of a point: those of the data."""
     hidden: list[int] = Field([256, 256, 256], min_length=1)
     """Width of each hidden layer."""
+    detail: float = Field(1.0, gt=0)
+    """Factor of the first layer's weights at the start. With 3 or so, what changes fast with z is learnt sooner."""
 
 
 @final
@@ -34,6 +37,9 @@ class PointDenoiser(nn.Module):
         self.conditions = Conditions(config, config.hidden[0])
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(config.hidden))
         self.last = nn.Linear(config.hidden[-1], config.dim)
+        with torch.no_grad():
+            for parameter in self.first.parameters():
+                parameter.mul_(config.detail)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 

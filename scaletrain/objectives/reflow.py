@@ -23,7 +23,7 @@ from scaletrain.data.order import key_of
 from scaletrain.data.pairs import Labels, Pairs, WithPairs, drawn_labels
 from scaletrain.data.sources import Rows
 from scaletrain.diffusion.prediction import Weighting
-from scaletrain.diffusion.solvers import times
+from scaletrain.diffusion.solvers import sample, times
 from scaletrain.diffusion.times import Times, Uniform
 from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Sampler
@@ -76,13 +76,12 @@ class Objective(_denoising.Objective[Config]):
             raise UserError("reflow makes a pair for each row by its number; these data stream. Set stream to false.")
         super().prepare(train, eval)
         reading = self.signature.reading
-        if self.config.one_step:
-            last = torch.tensor([reading.path.last])
-            if not (reading.slope(last, last).abs() < _STEEP * reading.data_std).all():
-                raise UserError(
-                    f"objective.prediction: at the last time all is noise, and of `{reading.prediction}` no sample "
-                    "follows; set objective.prediction to v, x0 or edm."
-                )
+        alpha, _ = reading.path.alpha_sigma(torch.tensor(reading.path.last))
+        if self.config.one_step and reading.prediction in ("eps", "score") and alpha < _FAINT:
+            raise UserError(
+                f"objective.prediction: at the last time all is noise, and of `{reading.prediction}` no sample "
+                "follows; set objective.prediction to v, x0 or edm."
+            )
         self._pairs = []
 
     def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
@@ -126,12 +125,12 @@ class Objective(_denoising.Objective[Config]):
 
         def do(networks: Networks, device: torch.device, part: int) -> None:
             pairs, number = parts[part]
-            sampler = self.solve_with(self.teacher(networks))
             torch.manual_seed(key_of(pairs.key, number))  # for a solver that draws
 
             def made(given: dict[str, Tensor]) -> Tensor:
                 there = {name: value.to(device) for name, value in given.items()}
-                return sampler(there.pop("noise"), self.config.teacher_steps, there)
+                teacher = self.teacher(networks, there)
+                return sample(teacher, there["noise"], self.config.teacher_steps, self.config.solver)
 
             pairs.write(number, made)
 
@@ -167,5 +166,5 @@ class Objective(_denoising.Objective[Config]):
         return dict.fromkeys([1] if self.config.one_step else self.config.compare_at, sampler)
 
 
-_STEEP = 1e3
-"""∂x₀/∂prediction, in standard deviations of the data, from which on a prediction says nothing of x₀."""
+_FAINT = 1e-3
+"""Signal from which on what is said of the noise says nothing of x₀, in fp32."""

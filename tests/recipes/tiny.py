@@ -151,6 +151,20 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             *(f"networks.model.config.{side}_attention_heads=2" for side in ("encoder", "decoder")),
             *(f"networks.model.config.{side}_ffn_dim=32" for side in ("encoder", "decoder")),
         ],
+        "distill/reflow_gmm": [
+            "data.train=noise:64",
+            "data.eval=noise:16",
+            "objective.compare_samples=64",
+            *(f"stages.{name}.train={{duration: 12 steps, global_batch: 8}}" for name in ("straight", "one-step")),
+            "stages.straight.networks.student.config={hidden: [8, 8]}",
+        ],
+        "distill/reflow": [
+            "data.train=noise:64",
+            "objective.compare_samples=64",
+            "objective.teacher_steps=2",
+            "networks.teacher={type: mixture}",
+            "stages.straight.networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
+        ],
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [
             "data.train=sklearn:digits",

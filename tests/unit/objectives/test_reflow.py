@@ -272,7 +272,8 @@ def test_pairs_that_are_not_pairs_are_worse(one_step: bool) -> None:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 SMALL = ["data.train=noise:6000", "data.eval=noise:100", "train.duration=4 steps", "train.global_batch=64"]
-SMALL += ["evaluate.batch=32", "objective.compare_samples=64", "objective.solver=heun", "checkpoint.every=2 steps"]
+SMALL += ["evaluate.batch=32", "objective.compare_samples=64", "objective.solver=heun"]
+SMALL += ["stages.straight.train.duration=2 steps", "checkpoint.every=2 steps"]
 
 
 def cached_arrays() -> dict[str, bytes]:
@@ -312,9 +313,36 @@ def test_killed_while_pairs_are_made_it_goes_on_to_the_same(tmp_path: Path, monk
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
+def test_a_run_s_denoiser_of_pictures_is_a_teacher(tmp_path: Path) -> None:
+    """Pairs of noise alone; held-out pictures, for the table, have pairs of their own."""
+    small = ["train.duration=4 steps", "train.global_batch=16", "evaluate.samples=0", "--root", tmp_path]
+    first = tmp_path / "teacher.yaml"
+    first.write_text(
+        "objective: {type: diffusion, path: flow, prediction: velocity, condition: label, dropped: 0.1}\n"
+        "networks: {model: {type: unet, config: {features: [8, 8], middle: 0}}}\n"
+        "data: {train: 'sklearn:digits'}\ntrain: {duration: 4 steps, global_batch: 16}\n"
+    )
+    run(["run", first, *small, "--run", "teacher"])
+    sources = [f"networks.{n}.from=run:{tmp_path}/teacher/model" for n in ("teacher", "student")]
+    sources[1] = f"stages.straight.{sources[1]}"
+    own = ["data.train=noise:40", "data.eval=sklearn:digits", "data.eval.rows=80", "objective.compare_samples=64"]
+    own += ["objective.teacher_steps=3", "objective.guidance=2.0", "evaluate.batch=16"]
+    run(["run", "distill/reflow", *small, *sources, *own, "--run", "student"])
+    arrays = [np.load(path, mmap_mode="r") for path in cache_root().rglob("made.npy")]
+    assert sorted(array.shape for array in arrays) == [(40, 1, 8, 8), (80, 1, 8, 8)]
+    assert {array.dtype for array in arrays} == {np.dtype(np.float16)}
+    table = json.loads((tmp_path / "student" / "steps.json").read_text())
+    assert table["floor"]["energy_distance"] < table["student"]["1"]["energy_distance"]
+    assert {"1", "2", "4", "8"} == table["student"].keys()
+    assert "3" in table["teacher"]
+
+
 def test_what_cannot_be_learned_is_refused() -> None:
     own = objective(one_step=True, path="cosine", prediction="eps")
-    with pytest.raises(UserError, match="objective.prediction: at the last time all is noise, and of `eps` no sample"):
+    with pytest.raises(
+        UserError, match=r"objective\.prediction: at the last time all is noise, and of `eps` no sample"
+    ):
         prepared(own, noise_rows(8), None)
-    with pytest.raises(UserError, match="objective.steps is 2: with `one_step` the student learns one"):
+    with pytest.raises(UserError, match=r"objective\.steps is 2: with `one_step` the student learns one"):
         objective(one_step=True, steps=2)
