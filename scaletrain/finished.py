@@ -23,6 +23,7 @@ from scaletrain.errors import UserError, agreed
 from scaletrain.evaluation import evaluate as evaluate_set
 from scaletrain.evaluation import sources_of
 from scaletrain.explain import decode
+from scaletrain.networks.build import build
 from scaletrain.objectives.base import Objective, Report, Request, RunView, Samples
 from scaletrain.recipe import load, objective_of, stages
 from scaletrain.shelf import Shelf
@@ -202,13 +203,22 @@ def report_on(folder: Path, device: torch.device) -> Report | None:
         _restore(found, recipes[stage], checkpoint, shelf)
         return found
 
+    def network(stage: str, name: str) -> torch.nn.Module:
+        ahead = opened(stage).ahead()
+        if ahead and name in ahead.networks:  # the training did without it
+            spec = ahead.networks[name]
+            found = build(name, spec, shelf.base(spec))
+        else:
+            found = shelf.stage(stage, name)
+        return found.to(device).eval().requires_grad_(False)
+
     view = RunView(
         folder=folder,
         stages=tuple(part.name for part in parts),
         data=prepare(objective, parts[-1].recipe),
         device=device,
         seed=recipe.seed,
-        network=lambda stage, network: shelf.stage(stage, network).to(device).eval().requires_grad_(False),
+        network=network,
         objective=opened,
     )
     with torch.no_grad():

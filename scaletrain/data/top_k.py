@@ -7,35 +7,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from scaletrain.data.cache import cache_root, cached, content_key
+from scaletrain.data.cache import content_key
 from scaletrain.data.dataset import Dataset, Example
+from scaletrain.data.kept import Kept
 from scaletrain.data.order import Int
 from scaletrain.data.text import LanguageDataset
-from scaletrain.errors import UserError
 
 CALLS = 16
 """Batches of a part. Each part has as many: processes that hold a teacher together call it equally often."""
-_KIND = "top_k"
-
-
-class _Part(NamedTuple):
-    ids: npt.NDArray[Any]
-    """(places, k) uint16 or int32."""
-    logs: npt.NDArray[np.float16]
-    """(places, k or k + 1): logarithms of their probabilities, and of all others together."""
-    starts: npt.NDArray[np.int64]
-    """(examples + 1,) where the places of each example begin."""
 
 
 class TopK:
-    """What is kept of a teacher for one data set: by content, so that it is found again whatever run asks.
+    """What is kept of a teacher for one data set.
+
+    ids: (places, k) uint16 or int32. logs: (places, k or k + 1) float16, logarithms of their probabilities, and of all
+    others together. starts: (examples + 1,) int64, where the places of each example begin.
 
     about: what beside the examples determines it: the teacher, the temperature, how many tokens. batch: examples that
     the teacher is given at a time.
@@ -43,8 +35,7 @@ class TopK:
 
     def __init__(self, dataset: LanguageDataset, batch: int, *about: object):
         self.dataset, self.batch = dataset, batch
-        self._kind = f"{_KIND}/{content_key(_content(dataset), batch, *about)}"
-        self._open: dict[int, _Part] = {}
+        self._kept = Kept("top_k", ("ids", "logs", "starts"), _content(dataset), batch, *about)
 
     @property
     def parts(self) -> int:
@@ -57,9 +48,7 @@ class TopK:
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts that are not written yet."""
-        folder = cache_root() / self._kind
-        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        return [number for number in range(self.parts) if _name(number) not in there]
+        return self._kept.missing(self.parts)
 
     def calls(self, part: int) -> list[range]:
         """Return the examples of each batch of a part; at the end of the data, some have none."""
@@ -73,29 +62,19 @@ class TopK:
         lengths: learned places of each example.
         """
         ids, logs = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
-
-        def fill(folder: Path) -> None:
-            np.save(folder / "ids.npy", ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.int32))
-            np.save(folder / "logs.npy", logs.astype(np.float16))
-            np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-
-        cached(self._kind, _name(part), fill)
+        arrays = {
+            "ids": ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.int32),
+            "logs": logs.astype(np.float16),
+            "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        }
+        self._kept.write(part, arrays)
 
     def of(self, example: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16]]:
         """Return tokens (n, k) and logarithms (n, k or k + 1) at the learned places of an example."""
         number, own = divmod(example, self._size)
-        if number not in self._open:
-            folder = cache_root() / self._kind / _name(number)
-            if not folder.is_dir():
-                raise UserError(
-                    f"{folder} is not there: what the teacher says of these data is written when a run starts, and was "
-                    "removed since, or they are other data. Start the run again (scaletrain run)."
-                )
-            arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _Part._fields)
-            self._open[number] = _Part(*arrays)
-        part = self._open[number]
-        span = slice(*part.starts[own : own + 2].tolist())
-        return part.ids[span], part.logs[span]
+        part = self._kept.part(number)
+        span = slice(*part["starts"][own : own + 2].tolist())
+        return part["ids"][span], part["logs"][span]
 
 
 class WithTopK(Dataset):
@@ -130,10 +109,6 @@ class WithTopK(Dataset):
     def name(self, index: int) -> str:
         """Say which rows these are."""
         return self.dataset.name(index)
-
-
-def _name(part: int) -> str:
-    return f"{part:06d}"
 
 
 def _content(dataset: LanguageDataset) -> str:

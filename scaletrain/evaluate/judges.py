@@ -40,6 +40,11 @@ class Real:
     samples: Tensor
     labels: Tensor | None = None
 
+    def halves(self) -> tuple[Real, Real]:
+        """Return every other sample, and the rest."""
+        labels = (None, None) if self.labels is None else (self.labels[::2], self.labels[1::2])
+        return Real(self.samples[::2], labels[0]), Real(self.samples[1::2], labels[1])
+
 
 @final
 class ModesJudge:

@@ -377,7 +377,8 @@ class Objective(base.Objective[C], Generic[C]):
         """Compare the first teacher of the run and all students, from the same noise, with real samples."""
         if not self.needs_teacher:
             return None
-        if self._source is None and view.data.eval is None:
+        judge = self._judge(view)
+        if judge is None:
             return Report("No held-out samples to compare with: set data.eval or data.holdout.")
         stages = {name: found for name in view.stages if isinstance(found := view.objective(name), Objective)}
         stages = {name: found for name, found in stages.items() if found.needs_teacher}
@@ -391,7 +392,7 @@ class Objective(base.Objective[C], Generic[C]):
         for name, found in stages.items():
             students |= found.samplers(view, name)
         own = next((o.teacher_steps for o in stages.values() if o.teacher_steps), 64)
-        judge, shape = self._judge(view), self.signature.shape
+        shape = self.signature.shape
         count = self.config.compare_samples or (12_000 if self._source else 2048)
         generator = torch.Generator(view.device).manual_seed(view.seed)
         noise = torch.randn(count, *shape, generator=generator, device=view.device)
@@ -401,17 +402,14 @@ class Objective(base.Objective[C], Generic[C]):
         by_steps = {n: wrap(sampler) for n, sampler in students.items()}
         return compare(wrap(teacher), own, by_steps, self.config.compare_at, noise, told, judge, self.shown)
 
-    def _judge(self, view: RunView) -> Judging:
+    def _judge(self, view: RunView) -> Judging | None:
         if self._source is not None:
             return ModesJudge(self._source.to(view.device), view.seed)
-        assert view.data.eval is not None
-        space, train = self.signature.space, view.data.train
-        held = _real(view.data.eval, space, view.device)
-        if isinstance(train, TensorDataset) and "draw" in train.tensors:  # it did without data
-            labels = held.labels
-            halves = (Real(held.samples[i::2], None if labels is None else labels[i::2]) for i in (0, 1))
-            return PictureJudge(*halves)
-        return PictureJudge(_real(train, space, view.device), held)
+        parts = view.data.train, view.data.eval
+        train, held = (_real(part, self.signature.space, view.device) if part else None for part in parts)
+        if held is None:
+            return None
+        return PictureJudge(*((train, held) if train else held.halves()))
 
 
 def _in_parts(pictures: bool) -> Callable[[Sampler], Sampler]:
@@ -430,8 +428,9 @@ def _in_parts(pictures: bool) -> Callable[[Sampler], Sampler]:
     return wrap
 
 
-def _real(dataset: Dataset | Stream, space: Space, device: torch.device) -> Real:
+def _real(dataset: Dataset | Stream, space: Space, device: torch.device) -> Real | None:
+    """Return some samples of the data; None where rows hold nothing."""
     assert isinstance(dataset, Dataset)  # one sample a row
     count = min(len(dataset), 10_000)
     batch = dataset.batch(range(count), np.arange(count, dtype=np.uint64))
-    return Real(batch[space].to(device), batch.get("label"))
+    return Real(batch[space].to(device), batch.get("label")) if space in batch else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -21,10 +21,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 
-from scaletrain.checkpoint.integrity import sha256
-from scaletrain.checkpoint.reader import manifest
 from scaletrain.config import NetworkSpec, PlayerSpec, Recipe, Strict
-from scaletrain.data.cache import content_key
 from scaletrain.data.contract import Inspection
 from scaletrain.data.dataset import Dataset
 from scaletrain.data.text import IGNORE
@@ -37,11 +34,11 @@ from scaletrain.networks._positions import beside, left, virtual_tokens
 from scaletrain.networks._states import States, before_head, reduce_with
 from scaletrain.objectives import causal_lm
 from scaletrain.objectives._divergence import Kind, bucketed, divergence
+from scaletrain.objectives._identity import identity
 from scaletrain.objectives._on_policy import batch_of, continued, prompts_of
 from scaletrain.objectives._speaking import Speaking
 from scaletrain.objectives.base import Ahead, Networks, completed
 from scaletrain.player import Batch, Term, Turn
-from scaletrain.shelf import Shelf
 
 if TYPE_CHECKING:
     from torch import nn
@@ -257,19 +254,11 @@ class Objective(Speaking[Config]):
         found = self.language.examples(rows, training, window)
         if self.config.cache is None or window:
             return found
-        about = (
-            self.teacher.model_dump(exclude={"path", "source", "shard"}),
-            self._fingerprint(),
-            self.recipe.train.precision,
-        )
+        about = (*identity(self.teacher, self._folders.get("teacher")), self.recipe.train.precision)
         how = (self.config.temperature, self.config.cache.top_k, self._vocabulary)
         kept = TopK(found, self.recipe.evaluation_batch, *about, *how)
         self._kept.append(kept)
         return WithTopK(found, kept)
-
-    def _fingerprint(self) -> str:
-        """Return what names the teacher's weights: hashes of all files that they come from, or the Hub's revision."""
-        return content_key(list(_origins(self.teacher, self._folders.get("teacher"))))
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return the student, the teacher unless what it says is kept, and the projection."""
@@ -435,36 +424,6 @@ class Objective(Speaking[Config]):
 Compare = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 _AT_ONCE = 1024
 """Places whose logits exist at a time while the teacher is asked ahead."""
-
-
-def _origins(spec: NetworkSpec, source: Path | None) -> Iterator[object]:
-    """Yield what names each part of a network's weights: what it is made of, and the adapters that it is given.
-
-    source: the folder of the network that it continues from.
-    """
-    if source is not None and spec.source:
-        yield _hashes(source)
-        checkpoint = source.parent.parent
-        before = NetworkSpec.model_validate(manifest(checkpoint)["networks"][source.name])
-        if before.adapter or not source.is_dir():  # the folder holds an adapter alone, or nothing
-            yield from _origins(before, Shelf(checkpoint.parent).folder(before.source) if before.source else None)
-    elif spec.path:
-        yield _hashes(Path(spec.path)) if Path(spec.path).is_dir() else _revision(spec.path)
-    if spec.adapter:
-        yield [_hashes(Path(place)) for place in (spec.adapter.path, *spec.adapter.merge) if place]
-
-
-def _hashes(folder: Path) -> list[tuple[str, str]]:
-    """Return the names and hashes of weights and settings in a folder; nothing where there is none."""
-    return [(p.name, sha256(p)) for p in sorted(folder.glob("*")) if p.suffix in (".safetensors", ".bin", ".json")]
-
-
-def _revision(name: str) -> str:
-    """Return the revision of a network on the Hub: that in the cache, or else the newest."""
-    from huggingface_hub import model_info, try_to_load_from_cache
-
-    there = try_to_load_from_cache(name, "config.json")
-    return Path(there).parent.name if isinstance(there, str) else str(model_info(name).sha)
 
 
 def _inputs(batch: Batch) -> dict[str, torch.Tensor]:

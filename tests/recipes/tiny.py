@@ -191,6 +191,20 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             ]
             for name in ("dmd2", "adversarial")
         },
+        "distill/reflow_gmm": [
+            "data.train=noise:64",
+            "data.eval=noise:16",
+            "objective.compare_samples=64",
+            *(f"stages.{name}.train={{duration: 12 steps, global_batch: 8}}" for name in ("straight", "one-step")),
+            "stages.straight.networks.student.config={hidden: [8, 8]}",
+        ],
+        "distill/reflow": [
+            "data.train=noise:64",
+            "objective.compare_samples=64",
+            "objective.teacher_steps=2",
+            "networks.teacher={type: mixture}",
+            "stages.straight.networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
+        ],
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [
             "data.train=sklearn:digits",

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scaletrain.checkpoint.layout import FORMAT
-from scaletrain.config import Recipe, SourceSpec
+from scaletrain.config import NetworkSpec, Recipe, SourceSpec
 from scaletrain.data.sources import open_rows
 from scaletrain.data.text import IGNORE
 from scaletrain.errors import UserError
@@ -23,6 +23,7 @@ from scaletrain.export import gate
 from scaletrain.finished import FinishedStage, evaluate
 from scaletrain.networks import causal_lm, heads, projection
 from scaletrain.objectives._divergence import divergence
+from scaletrain.objectives._identity import identity
 from scaletrain.objectives._on_policy import batch_of, continued, prompts_of
 from scaletrain.objectives.base import Data
 from scaletrain.objectives.language_distillation import Config, Objective
@@ -286,7 +287,7 @@ def test_a_teacher_s_adapter_is_part_of_its_weights(adapter: dict[str, Any], fol
     teacher = {"path": str(folders / "teacher"), "frozen": True, "adapter": own}
 
     def fingerprint() -> str:
-        return objective(folders, {"cache": {}}, networks={"teacher": teacher})._fingerprint()
+        return identity(NetworkSpec.model_validate(teacher), None)[1]
 
     write_adapter(tmp_path / "adapter", 1.0)
     before = fingerprint()
@@ -304,10 +305,8 @@ def test_what_a_finished_adapter_goes_over_is_part_of_a_teacher_s_weights(folder
     for weights, adapter in [(1.0, 1.0), (2.0, 1.0), (2.0, 2.0)]:
         write_adapter(base, weights)
         write_adapter(merged, adapter)
-        teacher = {"from": f"run:{tmp_path / 'first'}/model", "frozen": True}
-        own = objective(folders, {"cache": {}}, networks={"teacher": teacher})
-        own.restore({"teacher": checkpoint / "networks" / "model"})
-        found.add(own._fingerprint())
+        teacher = NetworkSpec.model_validate({"from": f"run:{tmp_path / 'first'}/model", "frozen": True})
+        found.add(identity(teacher, checkpoint / "networks" / "model")[1])
     assert len(found) == 3
 
 

@@ -1,0 +1,124 @@
+"""Pairs of noise and what a teacher makes of it: its samples are written to the cache once, in parts, and read.
+
+Noise is not kept: it is a function of the pair's number, as is its label. Shapes: N pairs, B of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from scaletrain.data.dataset import Dataset, Example
+from scaletrain.data.kept import Kept
+from scaletrain.data.order import Int, groups, key_of, seeds
+
+CALLS = 16
+"""Batches of a part at most. Each part has as many: processes that hold a teacher together call it equally often."""
+
+Labels = npt.NDArray[np.int64]
+
+
+def normal(numbers: Int, shape: tuple[int, ...], key: int) -> Tensor:
+    """Return N(0, I) noise (B, *shape) float32 for numbers (B,): a function of each number and the key alone."""
+    size = int(np.prod(shape))
+    bits = seeds((numbers[:, None] * size + np.arange(size)).ravel(), key)
+    uniform = torch.from_numpy(((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+    return torch.special.ndtri(uniform).float().view(len(numbers), *shape)
+
+
+def drawn_labels(count: int, classes: int, key: int) -> Labels:
+    """Return a class for each of the numbers 0 to count − 1, (N,): a function of each number and the key alone."""
+    return (seeds(np.arange(count), key_of(key, "label")) % np.uint64(classes)).astype(np.int64)
+
+
+class Pairs:
+    """What a teacher makes of the noise of numbers 0 to count − 1.
+
+    shape: of a sample. key: of the noise. labels: what the teacher is told (N,), if anything. batch: samples that it
+    makes at a time. stored: how they are kept. about: what beside these determines them.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        shape: tuple[int, ...],
+        key: int,
+        labels: Labels | None,
+        batch: int,
+        stored: Literal["float32", "float16"],
+        *about: object,
+    ):
+        self.count, self.shape, self.key, self.labels, self.stored = count, shape, key, labels, stored
+        self._batch, self._calls = batch, min(CALLS, -(-count // batch))
+        told = None if labels is None else labels.tobytes()
+        self._kept = Kept("pairs", ("made",), shape, key, told, count, batch, stored, *about)
+
+    @property
+    def _size(self) -> int:
+        return self._calls * self._batch
+
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+        return -(-self.count // self._size)
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the parts that are not written yet."""
+        return self._kept.missing(self.parts)
+
+    def calls(self, part: int) -> Iterator[Int]:
+        """Yield the numbers (B,) of each batch of a part; at the end, what is beyond begins anew and is not kept."""
+        for begin in range(part * self._size, (part + 1) * self._size, self._batch):
+            yield np.arange(begin, begin + self._batch) % self.count
+
+    def given(self, numbers: Int) -> dict[str, Tensor]:
+        """Return what the teacher makes samples of: noise (B, ...) float32 and, where it is told, label (B,)."""
+        found = {"noise": normal(numbers, self.shape, self.key)}
+        return found if self.labels is None else {**found, "label": torch.from_numpy(self.labels[numbers])}
+
+    def write(self, part: int, made: Callable[[dict[str, Tensor]], Tensor]) -> None:
+        """Write a part, whole or not at all. made: says what the teacher makes of what it is given."""
+        found = torch.cat([made(self.given(numbers)).float().cpu() for numbers in self.calls(part)])
+        left = self.count - part * self._size
+        self._kept.write(part, {"made": found[:left].numpy().astype(self.stored)})
+
+    def take(self, numbers: Int) -> dict[str, Tensor]:
+        """Return pairs (B,): `noise` and `made` (B, ...) float32 and, where there are, `label` (B,). Raises UserError
+        when they are not there.
+        """
+        part, own = np.divmod(numbers, self._size)
+        made = np.empty((len(numbers), *self.shape), np.float32)
+        for number, chosen in groups(part):
+            made[chosen] = self._kept.part(number)["made"][own[chosen]]
+        return {**self.given(numbers), "made": torch.from_numpy(made)}
+
+
+class WithPairs(Dataset):
+    """Examples with the pair of each one's number, which must have been written when it is taken."""
+
+    def __init__(self, dataset: Dataset, pairs: Pairs):
+        self.dataset, self.pairs, self.decodes = dataset, pairs, dataset.decodes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def example(self, index: int, rng: np.random.Generator) -> Example:
+        """Return the example, and its number."""
+        return {**self.dataset.example(index, rng), "pair": index}
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Collate as the data set does, and add the pairs."""
+        return {**self.dataset.collate(examples), **self.pairs.take(np.array([e["pair"] for e in examples]))}
+
+    def batch(self, indices: Sequence[int], seeds: npt.NDArray[np.uint64]) -> dict[str, Tensor]:
+        """Return the data set's batch, and the pairs."""
+        return {**self.dataset.batch(indices, seeds), **self.pairs.take(np.asarray(indices))}
+
+    def name(self, index: int) -> str:
+        """Say which row this is."""
+        return self.dataset.name(index)

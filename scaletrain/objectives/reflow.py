@@ -1,0 +1,170 @@
+"""Reflow: a student learns from pairs of noise and what its teacher makes of it, which are made once and kept.
+
+Liu et al. (2023), algorithm 1. A flow that is fitted to the pairs (their equation 1), at all times of the path between
+noise and sample, is straighter than its teacher's. On a path other than `flow`, what becomes straight is not z but what
+DDIM follows in one step: the lines on which x₀ and ε do not change (Wang et al., 2024, "Rectified Diffusion"). With
+`one_step`, their distillation: the student learns to make a pair's sample of its noise at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from scaletrain.config import NetworkSpec, Recipe
+from scaletrain.data.dataset import Dataset
+from scaletrain.data.order import key_of
+from scaletrain.data.pairs import Labels, Pairs, WithPairs, drawn_labels
+from scaletrain.data.sources import Rows
+from scaletrain.diffusion.prediction import Weighting
+from scaletrain.diffusion.solvers import sample, times
+from scaletrain.diffusion.times import Times, Uniform
+from scaletrain.errors import UserError
+from scaletrain.evaluate.few_steps import Sampler
+from scaletrain.objectives import _denoising
+from scaletrain.objectives._identity import identity
+from scaletrain.objectives.base import Ahead, Networks, RunView
+from scaletrain.player import Batch, Term, Turn
+
+
+class Config(_denoising.Config):
+    """Options of `objective` for `type: reflow`."""
+
+    teacher_steps: int = Field(64, ge=1)
+    """Of the teacher, with `solver`, for the sample of a pair."""
+    stored: Literal["float32", "float16"] = "float32"
+    """How samples are kept on disk."""
+    one_step: bool = False
+    """Learn to make the sample at once, at the last time alone."""
+    steps: int = Field(1, ge=1)
+    """Of the student, for a sample."""
+    times: Times = Uniform()
+    """At which a straight flow is fitted."""
+    weighting: Weighting = "plain"
+    huber: float | None = Field(None, gt=0)
+    """c of the pseudo-Huber loss √(error + c²) − c, in place of the squared error of a sample (Lee et al., 2024)."""
+
+
+@final
+class Objective(_denoising.Objective[Config]):
+    """Train `student` on as many pairs as the data have rows; what is in the rows, but for their label, is not used."""
+
+    def __init__(self, config: Config, recipe: Recipe):
+        super().__init__(config, recipe)
+        self.steps, self.teacher_steps = config.steps, config.teacher_steps
+        self._folders: Mapping[str, Path] = {}
+        self._pairs: list[Pairs] = []
+        if config.one_step and config.steps != 1:
+            raise UserError(f"objective.steps is {config.steps}: with `one_step` the student learns one; leave it out.")
+
+    # --- the pairs ----------------------------------------------------------------------------------------------------
+
+    def restore(self, folders: Mapping[str, Path]) -> None:
+        """Remember where the networks stand, too."""
+        self._folders = folders
+        super().restore(folders)
+
+    def prepare(self, train: Rows, eval: Rows | None) -> None:
+        """Find what is denoised. Raises UserError."""
+        if train.streaming:
+            raise UserError("reflow makes a pair for each row by its number; these data stream. Set stream to false.")
+        super().prepare(train, eval)
+        reading = self.signature.reading
+        alpha, _ = reading.path.alpha_sigma(torch.tensor(reading.path.last))
+        if self.config.one_step and reading.prediction in ("eps", "score") and alpha < _FAINT:
+            raise UserError(
+                f"objective.prediction: at the last time all is noise, and of `{reading.prediction}` no sample "
+                "follows; set objective.prediction to v, x0 or edm."
+            )
+        self._pairs = []
+
+    def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
+        """Return the rows, each with a pair: those to train on, and those held out, have noise of their own."""
+        key = key_of(self.recipe.seed, "pairs", "train" if training else "held")
+        count, batch = len(rows), self.recipe.evaluation_batch
+        pairs = Pairs(
+            *(count, self.signature.shape, key, self._labels(rows, key), batch, self.config.stored), *self._about()
+        )
+        self._pairs.append(pairs)
+        return WithPairs(super().examples(rows, training, window), pairs)
+
+    def _labels(self, rows: Rows, key: int) -> Labels | None:
+        """Return what the networks are told for each row: its label where it has one, or else any."""
+        if self.signature.condition is None:
+            return None
+        if "label" in rows.columns and self._classes is not None:
+            return self._classes.encode(rows, "label")
+        return drawn_labels(len(rows), self.signature.classes, key)
+
+    def _about(self) -> tuple[object, ...]:
+        """Return what determines a sample beside its noise and label."""
+        config, said = self.config, self.teacher_of(lambda z, t: z)
+        how = said.reading.model_dump(), said.path.model_dump(), config.solver, config.teacher_steps
+        who = identity(self.recipe.networks["teacher"], self._folders.get("teacher"))
+        return *who, self.recipe.train.precision, *how, config.guidance, config.clip
+
+    def networks(self) -> dict[str, NetworkSpec]:
+        """Return the student: of the teacher, the samples are kept."""
+        found = super().networks()
+        del found["teacher"]
+        return found
+
+    def ahead(self) -> Ahead:
+        """Have the teacher make the samples, once."""
+        parts = [(pairs, number) for pairs in self._pairs for number in range(pairs.parts)]
+
+        def missing() -> list[int]:
+            gaps = {id(pairs): set(pairs.missing()) for pairs in self._pairs}
+            return [i for i, (pairs, number) in enumerate(parts) if number in gaps[id(pairs)]]
+
+        def do(networks: Networks, device: torch.device, part: int) -> None:
+            pairs, number = parts[part]
+            torch.manual_seed(key_of(pairs.key, number))  # for a solver that draws
+
+            def made(given: dict[str, Tensor]) -> Tensor:
+                there = {name: value.to(device) for name, value in given.items()}
+                teacher = self.teacher(networks, there)
+                return sample(teacher, there["noise"], self.config.teacher_steps, self.config.solver)
+
+            pairs.write(number, made)
+
+        return Ahead({"teacher": super().networks()["teacher"]}, missing, do)
+
+    # --- in the loop --------------------------------------------------------------------------------------------------
+
+    def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return the loss at times that are spread over the path, or at the last one alone."""
+        noise, made, student = batch["noise"], batch["made"], self.student(networks, batch)
+        if self.config.one_step:
+            t, weighting = times(student.path.last, noise), "plain"  # one time has one weight
+        else:
+            t, weighting = self.config.times.draw(len(noise), student.path, noise.device), self.config.weighting
+        found = student.loss(student.path.noisy(made, noise, t), t, made, weighting, noise)
+        if self.config.huber:
+            found = torch.sqrt(found + self.config.huber**2) - self.config.huber
+        return {"loss": Term(found.sum(), "samples")}
+
+    def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
+        """Return the loss, and the squared error of what the student makes of the noise in one step."""
+        found = self.sampler(networks[self.trained])(batch["noise"], 1, self.told(batch))
+        error = (found - batch["made"]).square().flatten(1).mean(1).sum()
+        return {**self.loss(self.turns[0], networks, batch), "one_step": Term(error, "samples", 0.0)}
+
+    def conclude(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Give the error of one step as its root, `one_step_rmse`."""
+        return {**metrics, "one_step_rmse": math.sqrt(metrics.pop("one_step"))}
+
+    def samplers(self, view: RunView, stage: str) -> dict[int, Sampler]:
+        """Return the student at the numbers of steps of the table, or at one alone."""
+        sampler = self.sampler(view.network(stage, self.trained))
+        return dict.fromkeys([1] if self.config.one_step else self.config.compare_at, sampler)
+
+
+_FAINT = 1e-3
+"""Signal from which on what is said of the noise says nothing of x₀, in fp32."""
