@@ -7,8 +7,9 @@ from the teacher; and with classes, `label`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.classes import Classes
 from scaletrain.data.dataset import Dataset
 from scaletrain.data.images import ImageOptions
-from scaletrain.data.points import draws, points
+from scaletrain.data.points import arrays, draws, points
 from scaletrain.data.sources import Rows
 from scaletrain.data.stream import Stream
+from scaletrain.diffusion import pipelines, texts
 from scaletrain.diffusion.denoiser import Denoiser, Guidance
 from scaletrain.diffusion.path import AnyPath, Cosine
 from scaletrain.diffusion.prediction import Prediction, Weighting
@@ -38,6 +40,7 @@ from scaletrain.objectives.base import Networks, Report, Request, RunView, Sampl
 from scaletrain.player import Batch, Turn
 
 _BATCH = 1024  # samples drawn at a time for the report
+_TEXTS = 16  # of the data, by which samples are drawn
 
 
 class Config(ImageOptions):
@@ -51,8 +54,10 @@ class Config(ImageOptions):
     """For `edm`: the standard deviation of the data, by default the teacher's, or that of the first 1,000 samples."""
     weighting: Weighting = "snr_plus_one"
     """Of errors (see `scaletrain.diffusion.prediction.weight`)."""
-    condition: Literal["label"] | None = None
-    """What the network is told of each sample; a student, what its teacher is."""
+    condition: Literal["label", "text"] | None = None
+    """What the network is told of each sample; a student, what its teacher is. text: by columns as `prompt_embeds`."""
+    no_text: str | None = None
+    """A safetensors file with what stands for no text, by column; by default what a pipeline says of the prompt ""."""
     clip: bool = False
     """Keep the predicted x₀ in [-1, 1] while sampling."""
     solver: Solver = "ddim"
@@ -77,12 +82,16 @@ class Objective(base.Objective[C], Generic[C]):
     tells: tuple[str, ...] = ()
     """What the trained network is told beside its condition, of `guidance` and `target`."""
     needs_teacher: ClassVar[bool] = True
+    unconditioned: bool = False
+    """Whether it calls networks with what stands for no condition, whatever the guidance. Set it in `__init__`."""
 
     def __init__(self, config: C, recipe: Recipe):
         super().__init__(config, recipe)
         self._classes: Classes | None = None
         self._teacher: Signature | None = None
         self._signature: Signature | None = None
+        self._texts: Mapping[str, Tensor] = {}
+        self._null: Mapping[str, Tensor] = {}
         spec = recipe.networks.get("teacher")
         self._source: mixture.Mixture | None = None
         self._exact = spec is not None and spec.type == "mixture"
@@ -109,6 +118,17 @@ class Objective(base.Objective[C], Generic[C]):
             self._draw_from(self._signature)
             if (folders[self.trained] / "classes.json").exists():
                 self._classes = Classes.load(folders[self.trained])
+            self._texts, self._null = texts.load(folders[self.trained])
+        with suppress(UserError):  # for samples, folders need not be there
+            self._look()
+
+    def _look(self, sides: tuple[int, ...] | None = None) -> None:
+        """Read how networks that come from a `path` are called. sides: height and width, as the data have them."""
+        path = {name: self.recipe.networks.get(name, NetworkSpec()).path for name in ("teacher", self.trained)}
+        if path["teacher"] and (self._teacher is None or sides):
+            self._teacher = pipelines.signature(path["teacher"], sides)
+        if path[self.trained] and "teacher" not in self.recipe.networks and (self._signature is None or sides):
+            self._signature = pipelines.signature(path[self.trained], sides)
 
     def _draw_from(self, signature: Signature | None) -> None:
         if self._source is None and signature is not None and signature.source is not None:
@@ -116,12 +136,13 @@ class Objective(base.Objective[C], Generic[C]):
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find what is denoised, its shape and, where they are told, its classes. Raises UserError."""
+        self._look()
         config, before = self.config, self._teacher or self._signature
         condition = config.condition or (before.condition if before else None)
         space = self._space(train)
         if "label" in train.columns and self._classes is None and (condition or self._source is None):
-            self._classes = Classes.find(train, "label")
-        if condition and self._classes is None and self._source is None:
+            self._classes = Classes.find(train, "label", (before.classes or None) if before else None)
+        if condition == "label" and self._classes is None and self._source is None:
             train.require("label", "the class that the network is told")
         if self._source is not None:
             shape, found = self._source.shape, self._source.std
@@ -129,16 +150,44 @@ class Objective(base.Objective[C], Generic[C]):
         else:
             classes = len(self._classes) if self._classes else 0
             shape, found = self._measure(train, space, before)
+            if "draw" not in train.columns:
+                self._look(shape[1:])
+                before = self._teacher or self._signature
+            if before and before.space == space == "latent" and before.shape[0] != shape[0]:
+                raise UserError(
+                    f"`latent` has {shape[0]} channels, and the network denoises {before.shape[0]}: these are latents "
+                    "of another autoencoder."
+                )
+        if condition == "text":
+            self._read_texts(train, before)
         reading = self._reading(found)
         self._signature = Signature(
             reading=reading,
             space=space,
             shape=shape,
             condition=condition,
-            classes=classes if condition else 0,
+            classes=classes if condition == "label" else 0,
+            texts=list(self._texts),
+            fixed=before.fixed if before else {},
             dropped=before.dropped if before else False,
             source=self._source.config if self._source else None,
+            pipeline=before.pipeline if before else None,
         )
+
+    def _read_texts(self, rows: Rows, before: Signature | None) -> None:
+        """Take some texts of the data, to draw samples by, and what stands for none. Raises UserError."""
+        columns = before.texts if before and before.texts else [c for c in texts.COLUMNS if c in rows.columns]
+        for column in columns or texts.COLUMNS[:1]:
+            rows.require(column, "what the network is told of a text")
+        self._texts = arrays(rows.sample(_TEXTS), columns).tensors
+        if self.config.no_text:
+            self._null = texts.read_null(self.config.no_text, self._texts)
+        elif not self._null and (self.config.guidance != 1 or self.unconditioned):
+            path = self.recipe.networks.get("teacher", self.recipe.networks.get(self.trained, NetworkSpec())).path
+            found = pipelines.Pipeline.open(path) if path else None
+            if found is None:
+                raise UserError("objective.no_text is missing: a safetensors file with what stands for no text.")
+            self._null = found.null()
 
     def _space(self, rows: Rows) -> Space:
         if "draw" in rows.columns:
@@ -170,7 +219,7 @@ class Objective(base.Objective[C], Generic[C]):
     def _reading(self, found: float) -> Reading:
         """Return how the trained network is read. found: the standard deviation of the data."""
         config, teacher = self.config, self._teacher
-        known = teacher.reading if teacher else None
+        known = teacher.reading if teacher else self._signature.reading if self._signature else None
         if not self._exact and self.needs_teacher and known is None:
             for key in ("path", "prediction"):
                 if getattr(config, key) is None:
@@ -195,6 +244,7 @@ class Objective(base.Objective[C], Generic[C]):
             self.signature.save(folder)
             if self._classes is not None:
                 self._classes.save(folder)
+            texts.save(folder, self._texts, self._null)
 
     def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
         """Return what is denoised, with its class where there is one."""
@@ -203,6 +253,8 @@ class Objective(base.Objective[C], Generic[C]):
         signature = self.signature
         if signature.space == "image":
             return self.config.pictures(rows, training, signature.shape, self._classes)  # type: ignore[arg-type]
+        if signature.texts:
+            return arrays(rows, [signature.space, *signature.texts])
         return points(rows, signature.space)
 
     # --- networks -----------------------------------------------------------------------------------------------------
@@ -218,7 +270,7 @@ class Objective(base.Objective[C], Generic[C]):
         """Return a denoiser of this name, which is told the shape of a sample and what else it will be called with."""
         signature = self.signature
         given = self.recipe.networks.get(name, NetworkSpec())
-        told = {"classes": signature.classes} if signature.condition else {}
+        told = {"classes": signature.classes} if signature.condition == "label" else {}
         told |= dict.fromkeys(tells, True)
         if given.source or given.path:
             return completed(self.recipe, name, "", **told).model_copy(update={"type": given.type})
@@ -251,14 +303,21 @@ class Objective(base.Objective[C], Generic[C]):
 
     def guided(self, denoiser: Denoiser, scale: float | Tensor | None = None) -> Denoiser:
         """Guide a denoiser by what it is told. Raises UserError where it was not trained without."""
-        signature = self._teacher or self.signature
+        signature, scale = self._teacher or self.signature, self.config.guidance if scale is None else scale
+        if signature.guidance:
+            return denoiser.given(guidance=torch.as_tensor(scale))
         if not self._exact and not signature.dropped:
             raise UserError(
                 "objective.guidance: the teacher was not trained without its condition, so that it cannot be guided; "
                 "train it with `objective.dropout`, or leave `guidance` out."
             )
-        null = {"label": torch.tensor(self.signature.classes)}
-        return denoiser.under(Guidance(self.config.guidance if scale is None else scale, null))
+        return denoiser.under(Guidance(scale, self.null()))
+
+    def null(self) -> Mapping[str, Tensor]:
+        """Return what stands for no condition, by name, () or (...) each."""
+        if self.signature.condition == "text":
+            return self._null
+        return {"label": torch.tensor(self.signature.classes)}
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
@@ -268,7 +327,26 @@ class Objective(base.Objective[C], Generic[C]):
 
     def told(self, batch: Batch) -> dict[str, Tensor]:
         """Return what networks are told of a batch."""
-        return {"label": batch["label"]} if self.signature.condition and "label" in batch else {}
+        signature = self.signature
+        names = ["label"] if signature.condition == "label" else signature.texts
+        found = {name: batch[name] for name in names if name in batch}
+        return found | self._fixed(next(iter(batch.values()))) if batch else found
+
+    def _fixed(self, like: Tensor) -> dict[str, Tensor]:
+        """Return what networks are told of all samples alike, (B, ...) each, for so many as `like` (B, ...)."""
+        fixed = {k: torch.tensor(v, device=like.device) for k, v in self.signature.fixed.items()}
+        return {k: v.expand(len(like), *v.shape) for k, v in fixed.items()}
+
+    def conditions(self, noise: Tensor) -> dict[str, Tensor]:
+        """Return what networks are told of samples that are drawn from noise (N, ...): classes, or texts, in turn."""
+        number, signature = torch.arange(len(noise), device=noise.device), self.signature
+        told = self._fixed(noise)
+        if signature.condition == "label":
+            told["label"] = number % signature.classes
+        for name in signature.texts:
+            known = self._texts[name].to(noise.device)
+            told[name] = known[number % len(known)]
+        return told
 
     def data(self, batch: Batch) -> tuple[Tensor, Batch]:
         """Return x₀ (B, ...), drawn from the mixture where a batch has none, and the batch with what that tells."""
@@ -303,14 +381,35 @@ class Objective(base.Objective[C], Generic[C]):
         """Draw pictures or points; with classes, each in turn."""
         signature, generator = self.signature, request.generator
         noise = torch.randn(request.count, *signature.shape, generator=generator, device=generator.device)
-        told = {}
-        if signature.condition:
-            told = {"label": torch.arange(request.count, device=noise.device) % signature.classes}
-        return self.shown(self.sampler(networks[self.trained])(noise, self.steps, told))
+        return self.shown(self.sampler(networks[self.trained])(noise, self.steps, self.conditions(noise)))
 
     def shown(self, x0: Tensor) -> Samples:
         """Return x₀ as samples."""
-        return Samples(points=x0) if x0.dim() == 2 else Samples(images=(x0 + 1) / 2)
+        if x0.dim() == 2:
+            return Samples(points=x0)
+        return Samples(images=(x0 if x0.shape[1] < 3 else x0[:, :3]) / 2 + 0.5)  # of latents, some channels
+
+    # --- as a pipeline of diffusers ------------------------------------------------------------------------------------
+
+    def scheduler(self, known: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the configuration of the scheduler of diffusers that samples as `sampler` does; None if none does.
+
+        known: that of the pipeline that the first teacher came from. A method with a sampler of its own says so here.
+        """
+        if self.config.solver != "ddim" or type(self).sampler is not Objective.sampler:
+            return None
+        return pipelines.scheduler_of(self.signature.reading, self.config.clip, known)
+
+    def pipeline(self, network: str) -> pipelines.Plan | None:
+        """Return the pipeline that the trained network belongs to."""
+        signature = self.signature
+        if network != self.trained or len(signature.shape) != 3:
+            return None
+        source = pipelines.Pipeline.open(signature.pipeline) if signature.pipeline else None
+        scheduler = self.scheduler(source.part("scheduler") if source else {})
+        if scheduler is None or (source is None and signature.condition):
+            return None
+        return pipelines.Plan(source, scheduler, signature, self.steps, self.conditions, self.sampler)
 
     # --- the table ----------------------------------------------------------------------------------------------------
 
@@ -342,9 +441,7 @@ class Objective(base.Objective[C], Generic[C]):
         count = self.config.compare_samples or (12_000 if self._source else 2048)
         generator = torch.Generator(view.device).manual_seed(view.seed)
         noise = torch.randn(count, *shape, generator=generator, device=view.device)
-        told: dict[str, Tensor] = {}
-        if self.signature.condition:
-            told = {"label": torch.arange(count, device=view.device) % self.signature.classes}
+        told = self.conditions(noise)
         torch.manual_seed(view.seed)
         wrap = _in_parts(self.signature.space == "image")
         by_steps = {n: wrap(sampler) for n, sampler in students.items()}

@@ -46,7 +46,7 @@ class Objective(_denoising.Objective[Config]):
                 raise UserError(f"objective.scales: [{low:g}, {high:g}] is no range above 0.")
             if config.guidance != 1:
                 raise UserError("objective.guidance: `scales` says what the student learns; leave one of the two out.")
-            self.tells = ("guidance",)
+            self.tells, self.unconditioned = ("guidance",), True
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find what is denoised, and that the teacher can be guided. Raises UserError."""
