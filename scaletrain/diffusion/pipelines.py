@@ -124,8 +124,8 @@ class Pipeline:
         encoders = [k for k in self.index if k.startswith("text_encoder") and self.part(k)]
         if not encoders:
             raise UserError(
-                f"`{self.folder}` has no text encoder: give `objective.no_text`, a safetensors file with what stands for "
-                "no condition."
+                f"`{self.folder}` has no text encoder: give `objective.no_text`, a safetensors file with what stands "
+                "for no text."
             )
         pipe: Any = diffusers.DiffusionPipeline.from_pretrained(self.folder, **{self.denoiser: None, "vae": None})
         kind, plain = type(pipe).__name__, {"do_classifier_free_guidance": False}

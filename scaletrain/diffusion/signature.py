@@ -32,8 +32,8 @@ class Signature(Strict):
     shape: tuple[int, ...] = Field(min_length=1, strict=False)
     condition: Literal["label", "text"] | None = None
     classes: int = Field(0, ge=0)
-    texts: list[str] = []
-    fixed: dict[str, list[float]] = {}
+    texts: list[str] = Field([])
+    fixed: dict[str, list[float]] = Field({})
     dropped: bool = False
     guidance: tuple[float, float] | None = Field(None, strict=False)
     source: MixtureConfig | None = None

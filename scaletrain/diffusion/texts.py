@@ -10,7 +10,7 @@ from torch import Tensor
 from scaletrain.errors import UserError
 
 COLUMNS = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
-_SOME, _NONE = "texts.safetensors", "no-text.safetensors"
+_SOME, _NONE = "texts/some.safetensors", "texts/none.safetensors"  # not beside what a network's weights are read from
 
 
 def save(folder: Path, some: Mapping[str, Tensor], null: Mapping[str, Tensor]) -> None:
@@ -19,6 +19,7 @@ def save(folder: Path, some: Mapping[str, Tensor], null: Mapping[str, Tensor]) -
 
     for name, tensors in ((_SOME, some), (_NONE, null)):
         if tensors:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / name)
 
 
@@ -36,7 +37,9 @@ def read_null(path: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in like.items():
         if name not in found or found[name].shape != value.shape[1:]:
             has = f"{tuple(found[name].shape)}" if name in found else "missing"
-            raise UserError(f"objective.no_text: `{name}` in `{path}` is {has}; in the data it is {tuple(value.shape[1:])}.")
+            raise UserError(
+                f"objective.no_text: `{name}` in `{path}` is {has}; in the data it is {tuple(value.shape[1:])}."
+            )
     return {name: found[name].float() for name in like}
 
 

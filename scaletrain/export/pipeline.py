@@ -72,29 +72,29 @@ def snippet(module: Any, plan: Plan) -> list[str]:
         lines.append('pipe = DiffusionPipeline.from_pretrained("FOLDER")')
     options = {k: v for k, v in _options(plan).items() if k in ("num_inference_steps", "guidance_scale", "sigmas")}
     first = {"label": "class_labels=[0], ", "text": '"a prompt", '}.get(plan.signature.condition or "", "")
-    options = options if first else {"num_inference_steps": steps}
+    if not first:
+        options = {"num_inference_steps": steps}
+        if plan.scheduler.get("clip_sample"):
+            options["use_clipped_model_output"] = True
     return [*lines, f"pipe({first}{', '.join(f'{k}={v!r}' for k, v in options.items())}).images[0]"]
 
 
 def _write_whole(module: Any, spec: NetworkSpec, plan: Plan, folder: Path) -> None:
     """Write a network with the other parts of its pipeline; alone, as that of a pipeline without conditions."""
+    index: dict[str, Any]
     if plan.source is None:
         from diffusers import __version__
 
-        name, index = "unet", {
-            "_class_name": "DDPMPipeline",
-            "_diffusers_version": __version__,
-            "unet": ["diffusers", type(module).__name__],
-        }  # fmt: skip
-        folder.mkdir(parents=True)
+        name, index = "unet", {"_diffusers_version": __version__, "unet": ["diffusers", type(module).__name__]}
     else:
         name, index = plan.source.denoiser, dict(plan.source.index)
         whole = plan.source.complete()
         for part in index:
             if (whole / part).is_dir() and part not in (name, "scheduler"):
                 shutil.copytree(whole / part, folder / part)
-        folder.mkdir(parents=True, exist_ok=True)
     save(module, spec, folder / name)
+    if plan.signature.condition is None:  # DDIMPipeline makes its scheduler one of DDIM
+        index["_class_name"] = "DDIMPipeline" if plan.scheduler["_class_name"] == "DDIMScheduler" else "DDPMPipeline"
     index["scheduler"] = ["diffusers", plan.scheduler["_class_name"]]
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -133,6 +133,7 @@ def _options(plan: Plan) -> dict[str, Any]:
         "width": signature.shape[2] * factor,
         "use_resolution_binning": False,
         "batch_size": COUNT,
+        "use_clipped_model_output": True,
     }
     if plan.scheduler["_class_name"].startswith("FlowMatch"):  # by themselves, some pipelines take others
         found["sigmas"] = [1 - i / steps for i in range(steps)]

@@ -272,7 +272,9 @@ def _class(name: str) -> tuple[type[nn.Module], type[nn.Module]]:
     """Return a class of diffusers, and its subclass that is called as ours are. Raises UserError for another's name."""
     diffusers = _library()
     if name not in _FAMILIES:
-        raise UserError(f"config.class_name: `{name}` is none of {', '.join(_FAMILIES)}.{did_you_mean(name, _FAMILIES)}")
+        raise UserError(
+            f"config.class_name: `{name}` is none of {', '.join(_FAMILIES)}.{did_you_mean(name, _FAMILIES)}"
+        )
     theirs = getattr(diffusers, name)
     # Of the same name, by which the library writes what a network is.
     return theirs, type(name, (_FAMILIES[name], theirs), {"__module__": __name__})
@@ -292,7 +294,7 @@ def build(config: Config) -> nn.Module:
         raise UserError(
             "config.class_name is missing: say which network of diffusers, or give `path` for a pretrained one."
         )
-    theirs, ours = _class(config.class_name)
+    theirs, _ = _class(config.class_name)
     family = _FAMILIES[config.class_name]
     known = inspect.signature(theirs.__init__).parameters
     for key in config.options:

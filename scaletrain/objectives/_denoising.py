@@ -389,14 +389,15 @@ class Objective(base.Objective[C], Generic[C]):
             return Samples(points=x0)
         return Samples(images=(x0 if x0.shape[1] < 3 else x0[:, :3]) / 2 + 0.5)  # of latents, some channels
 
-    # --- as a pipeline of diffusers ------------------------------------------------------------------------------------
+    # --- as a pipeline of diffusers -----------------------------------------------------------------------------------
 
     def scheduler(self, known: dict[str, Any]) -> dict[str, Any] | None:
         """Return the configuration of the scheduler of diffusers that samples as `sampler` does; None if none does.
 
         known: that of the pipeline that the first teacher came from. A method with a sampler of its own says so here.
         """
-        if self.config.solver != "ddim" or type(self).sampler is not Objective.sampler:
+        clips = self.config.clip and (self.signature.condition or self.signature.space != "image")
+        if self.config.solver != "ddim" or clips or type(self).sampler is not Objective.sampler:
             return None
         return pipelines.scheduler_of(self.signature.reading, self.config.clip, known)
 

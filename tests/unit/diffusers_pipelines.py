@@ -28,7 +28,9 @@ def _vae(channels: int) -> Any:
 def _ddim(**options: Any) -> Any:
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, **options)
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, **options
+    )
 
 
 def _unet(**options: Any) -> Any:
