@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def write_pipeline(module: Any, spec: NetworkSpec, plan: Plan, folder: Path) -> 
     """
     adapted = hasattr(module, "peft_config")
     if adapted:
-        _write_lora(module, plan, folder)
+        _write_lora(module, spec, plan, folder)
     else:
         _write_whole(module, spec, plan, folder)
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -99,27 +101,24 @@ def _write_whole(module: Any, spec: NetworkSpec, plan: Plan, folder: Path) -> No
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_lora(module: Any, plan: Plan, folder: Path) -> None:
+def _write_lora(module: Any, spec: NetworkSpec, plan: Plan, folder: Path) -> None:
     """Write an adapter as diffusers' pipelines load it. Raises UserError for one that they do not."""
     import diffusers
-    from peft import get_peft_model_state_dict
+    from peft import LoraConfig
+    from safetensors.torch import load_file
 
     assert plan.source is not None
     kind: Any = getattr(diffusers, plan.source.index["_class_name"])
-    config = module.peft_config["default"]
-    if not hasattr(kind, "save_lora_weights") or config.peft_type != "LORA":
+    if not hasattr(kind, "save_lora_weights") or module.peft_config["default"].peft_type != "LORA":
         raise UserError(f"a {kind.__name__} loads no adapter of this type: say --merge for a whole pipeline.")
-    state = get_peft_model_state_dict(module)
-    layers = {key.removeprefix("base_model.model."): value.contiguous() for key, value in state.items()}
-    part = plan.source.denoiser
-    kind.save_lora_weights(
-        folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": _plain(config.to_dict())}
-    )
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration of peft in words of JSON."""
-    return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
+    with tempfile.TemporaryDirectory() as place:  # as peft has it, which tells, too, what began with a part of W
+        save(module, spec, Path(place))
+        state = load_file(Path(place) / "adapter_model.safetensors")
+        config = json.loads((Path(place) / "adapter_config.json").read_text())
+    layers = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    part, settings = plan.source.denoiser, {key: value for key, value in config.items() if key in known}
+    kind.save_lora_weights(folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": settings})
 
 
 def _options(plan: Plan) -> dict[str, Any]:

@@ -206,8 +206,7 @@ def _prove_pipeline(run: FinishedStage, network: _Network, form: Form, plan: Pla
         network.module = _merged(network, run, hidden)
     if not hasattr(_inner(network.module), "save_pretrained") or (network.adapted and plan.source is None):
         return _prove_tensors(run, network, hidden)
-    own = network.spec.path is None or own_base(network.name, network.spec) or network.spec.config.get("guidance")
-    if network.adapted and own:
+    if network.adapted and (network.spec.config.get("guidance") or _own_base(run, network)):
         raise UserError(f"network `{network.name}`: its adapter goes over other weights than its pipeline's: --merge.")
     notes = write_pipeline(network.module, network.spec, plan, hidden)
     write_card(hidden, run, network.spec, None, None, notes, snippet(network.module, plan))

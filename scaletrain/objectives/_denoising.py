@@ -148,7 +148,7 @@ class Objective(base.Objective[C], Generic[C]):
             shape, found = self._source.shape, self._source.std
             classes = len(self._source.means)
         else:
-            classes = len(self._classes) if self._classes else 0
+            classes = len(self._classes) if self._classes else before.classes if before else 0
             shape, found = self._measure(train, space, before)
             if "draw" not in train.columns:
                 self._look(shape[1:])

@@ -20,7 +20,7 @@ from scaletrain.diffusion.path import Discrete, Flow
 from scaletrain.diffusion.pipelines import Pipeline, Plan, reading_of, scheduler_of
 from scaletrain.diffusion.solvers import sample
 from scaletrain.errors import UserError
-from scaletrain.networks.build import build, save
+from scaletrain.networks.build import build, outline, save
 from scaletrain.recipe import load
 from tests.unit.diffusers_pipelines import COUNT, FAMILIES, SIDE, TOKENS, saved, texts
 
@@ -99,6 +99,16 @@ def test_a_network_is_saved_in_the_layout_that_it_came_in(family: str, pipes: Pi
     for key, value in theirs.state_dict().items():
         assert torch.equal(back.state_dict()[key], value)
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == type(theirs).__name__
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_an_outline_has_the_names_and_shapes_of_the_network(guidance: bool, pipes: Pipes) -> None:
+    spec = NetworkSpec(
+        type="diffusers_model", path=str(pipes("stable_diffusion")[0]), config={"guidance": True} if guidance else {}
+    )
+    whole, empty = build("model", spec), outline("model", spec)
+    assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in whole.state_dict().items()}
+    assert all(p.is_meta for p in empty.parameters())
 
 
 # --- how they are read ------------------------------------------------------------------------------------------------
