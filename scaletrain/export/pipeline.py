@@ -48,7 +48,7 @@ def write_pipeline(module: Any, spec: NetworkSpec, plan: Plan, folder: Path) -> 
     with torch.no_grad():
         expected = plan.sampler(module)(noise, plan.steps, told)
     base = str(plan.source.folder.resolve()) if adapted and plan.source else None
-    asked = {"folder": str(folder.resolve()), "base": base, "seed": SEED, "options": _options(plan)}
+    asked = {"folder": str(folder.resolve()), "base": base, "seed": SEED, "options": _options(plan, told)}
     found, _ = elsewhere(asked, Probe(_inputs(plan, noise, told), "noise"), plain_pipeline)
     gap = Gap.between(found, _as_given(plan, expected))
     if gap.part > EXACT:
@@ -72,7 +72,11 @@ def snippet(module: Any, plan: Plan) -> list[str]:
         lines.append('pipe.load_lora_weights("FOLDER")')
     else:
         lines.append('pipe = DiffusionPipeline.from_pretrained("FOLDER")')
-    options = {k: v for k, v in _options(plan).items() if k in ("num_inference_steps", "guidance_scale", "sigmas")}
+    options = {
+        k: v
+        for k, v in _options(plan, plan.conditions(torch.zeros(1))).items()
+        if k in ("num_inference_steps", "guidance_scale", "sigmas")
+    }
     first = {"label": "class_labels=[0], ", "text": '"a prompt", '}.get(plan.signature.condition or "", "")
     if not first:
         options = {"num_inference_steps": steps}
@@ -121,13 +125,13 @@ def _write_lora(module: Any, spec: NetworkSpec, plan: Plan, folder: Path) -> Non
     kind.save_lora_weights(folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": settings})
 
 
-def _options(plan: Plan) -> dict[str, Any]:
-    """Return what a pipeline is called with, besides tensors."""
+def _options(plan: Plan, told: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what a pipeline is called with, besides tensors, for samples that ours are told this of."""
     signature, steps = plan.signature, plan.steps
     factor = plan.source.factor if plan.source else 1
     found: dict[str, Any] = {
         "num_inference_steps": steps,
-        "guidance_scale": 1.0,
+        "guidance_scale": float(told["guidance"][0]) if "guidance" in told else 1.0,
         "height": signature.shape[1] * factor,
         "width": signature.shape[2] * factor,
         "use_resolution_binning": False,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.classes import Classes
-from scaletrain.data.dataset import Dataset
+from scaletrain.data.dataset import Dataset, TensorDataset
 from scaletrain.data.images import ImageOptions
 from scaletrain.data.points import arrays, draws, points
 from scaletrain.data.sources import Rows
@@ -253,9 +253,12 @@ class Objective(base.Objective[C], Generic[C]):
         signature = self.signature
         if signature.space == "image":
             return self.config.pictures(rows, training, signature.shape, self._classes)  # type: ignore[arg-type]
-        if signature.texts:
-            return arrays(rows, [signature.space, *signature.texts])
-        return points(rows, signature.space)
+        if signature.condition is None:
+            return points(rows, signature.space)
+        found = arrays(rows, [signature.space, *signature.texts]).tensors
+        if self._classes is not None and signature.condition == "label":
+            found["label"] = torch.from_numpy(self._classes.encode(rows, "label"))
+        return TensorDataset(found)
 
     # --- networks -----------------------------------------------------------------------------------------------------
 

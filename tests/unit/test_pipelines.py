@@ -75,7 +75,7 @@ def test_samples_are_those_of_the_pipeline_itself(family: str, guidance: float, 
     noise = torch.randn(COUNT, *plan.signature.shape, generator=torch.Generator().manual_seed(0))
     told = told_of(plan, family)
     denoiser, inputs = Denoiser(network, plan.signature.reading).given(**told), exporting._inputs(plan, noise, told)
-    options = exporting._options(plan) | {"guidance_scale": guidance}
+    options = exporting._options(plan, {}) | {"guidance_scale": guidance}
     if guidance > 1 and plan.signature.guidance:
         denoiser = denoiser.given(guidance=torch.tensor(guidance))
     elif guidance > 1 and plan.signature.dropped:
@@ -310,7 +310,7 @@ def test_a_pipeline_is_distilled_and_exported_as_one(family: str, pipes: Pipes, 
     noise = torch.randn(COUNT, *plan.signature.shape, generator=torch.Generator().manual_seed(0))
     inputs = exporting._inputs(plan, noise, told_of(plan, family))
     again = plain.load(str(written.path), None)
-    ours, theirs = (plain.samples(p, dict(inputs), 0, exporting._options(plan)) for p in (again, pipe))
+    ours, theirs = (plain.samples(p, dict(inputs), 0, exporting._options(plan, {})) for p in (again, pipe))
     assert exporting.Gap.between(ours, theirs).part > exporting.EXACT
 
 
