@@ -99,8 +99,8 @@ def _write_whole(module: Any, spec: NetworkSpec, plan: Plan, folder: Path) -> No
             if (whole / part).is_dir() and part not in (name, "scheduler"):
                 shutil.copytree(whole / part, folder / part)
     save(module, spec, folder / name)
-    if plan.signature.condition is None:  # DDIMPipeline makes its scheduler one of DDIM
-        index["_class_name"] = "DDIMPipeline" if plan.scheduler["_class_name"] == "DDIMScheduler" else "DDPMPipeline"
+    if plan.signature.condition is None and plan.scheduler["_class_name"] == "DDIMScheduler":
+        index["_class_name"] = "DDIMPipeline"  # which takes `use_clipped_model_output`, as DDPMPipeline does not
     index["scheduler"] = ["diffusers", plan.scheduler["_class_name"]]
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

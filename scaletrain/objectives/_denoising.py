@@ -411,7 +411,10 @@ class Objective(base.Objective[C], Generic[C]):
             return None
         source = pipelines.Pipeline.open(signature.pipeline) if signature.pipeline else None
         scheduler = self.scheduler(source.part("scheduler") if source else {})
-        if scheduler is None or (source is None and signature.condition):
+        if scheduler is None:
+            return None
+        plain = signature.condition is None and scheduler["_class_name"] == "DDIMScheduler"
+        if source is None and not plain:  # diffusers has a pipeline for a network alone where it samples by DDIM
             return None
         return pipelines.Plan(source, scheduler, signature, self.steps, self.conditions, self.sampler)
 
