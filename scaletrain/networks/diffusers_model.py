@@ -87,6 +87,10 @@ class _Denoiser:
         """Return the settings of a network that is told one of so many classes, or none."""
         raise UserError(f"config.classes: a {cls.__name__} is told no classes; leave `objective.condition` out.")
 
+    def to(self, *args: Any, **named: Any) -> Any:
+        """Move, or change the dtype; the library's warns of every change."""
+        return nn.Module.to(self, *args, **named)  # type: ignore[call-overload]
+
     def forward(self, z: Tensor, t: Tensor, **told: Tensor | None) -> Tensor:
         """Return a prediction (B, C, H, W), without the variances that some networks of steps give beside it."""
         scale = self.settings.time_scale or self.time_scale
@@ -324,7 +328,7 @@ def load(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
         raise UserError(f"`{path}` lacks weights of a {theirs.__name__}, such as {', '.join(missing[:3])}.")
     if changed:
         state = module.state_dict()
-        module = theirs.from_config({**found, **changed}).to(dtype)  # type: ignore[attr-defined]
+        module = nn.Module.to(theirs.from_config({**found, **changed}), dtype)  # type: ignore[attr-defined]
         module.load_state_dict(state, strict=False)
     return _called_as_ours(module, config, begun=bool(changed))
 
@@ -334,7 +338,8 @@ def outline(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
     found = read_config(path, config.subfolder)
     theirs, _ = _class(found.pop("_class_name"))
     del found["_subfolder"]
-    module = theirs.from_config({**found, **_changes(theirs, config, found)}).to(dtype)  # type: ignore[attr-defined]
+    module = theirs.from_config({**found, **_changes(theirs, config, found)})  # type: ignore[attr-defined]
+    nn.Module.to(module, dtype)
     return _called_as_ours(module, config)
 
 
