@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -22,6 +24,24 @@ def points(rows: Rows, column: str = "point") -> TensorDataset:
         bad = int((~found.isfinite()).any(1).nonzero()[0])
         raise UserError(f"{rows.name(bad)}: `{column}` has a number that is not finite.")
     return TensorDataset({column: found})
+
+
+def arrays(rows: Rows, columns: Sequence[str]) -> TensorDataset:
+    """Return columns of numbers, in lists of lists of any depth, as {column: (N, ...) float32}.
+
+    Raises UserError that names a row of another shape.
+    """
+    found = {}
+    for column in columns:
+        values = [np.asarray(v, np.float32) for v in rows.column(rows.require(column, "numbers, in nested lists"))]
+        for number, value in enumerate(values):
+            if value.shape != values[0].shape:
+                raise UserError(f"{rows.name(number)}: `{column}` is {value.shape}, the first is {values[0].shape}.")
+        found[column] = torch.from_numpy(np.stack(values))
+        if not found[column].isfinite().all():
+            bad = int((~found[column].flatten(1).isfinite()).any(1).nonzero()[0])
+            raise UserError(f"{rows.name(bad)}: `{column}` has a number that is not finite.")
+    return TensorDataset(found)
 
 
 def draws(rows: Rows) -> TensorDataset:

@@ -233,6 +233,11 @@ class Discrete(Path):
         """Return the step, 0 to T − 1."""
         return t * len(self.alphas_cumprod) - 1
 
+    def grid(self, steps: int) -> list[float]:
+        """Return the times of whole steps, as evenly as they go, from the last on (Lin et al., 2024, "trailing")."""
+        count = len(self.alphas_cumprod)
+        return [*(round(count - i * count / steps) / count for i in range(steps)), self.first]
+
 
 @final
 class EDM(Path):

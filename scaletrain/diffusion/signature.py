@@ -22,19 +22,24 @@ Space = Literal["image", "latent", "point"]
 class Signature(Strict):
     """How a denoiser is called and read.
 
-    condition: what it is told of each sample, if anything; classes: how many there are. dropped: whether it was trained
-    without the condition, too, as guidance needs. guidance: the scales that it can be told.
+    condition: what it is told of each sample, if anything; classes: how many there are; texts: the columns that say
+    what a text does. fixed: what it is told of all samples alike, by name. dropped: whether it was trained without the
+    condition, too, as guidance needs. guidance: the scales that it can be told.
     """
 
     reading: Reading
     space: Space
     shape: tuple[int, ...] = Field(min_length=1, strict=False)
-    condition: Literal["label"] | None = None
+    condition: Literal["label", "text"] | None = None
     classes: int = Field(0, ge=0)
+    texts: list[str] = Field([])
+    fixed: dict[str, list[float]] = Field({})
     dropped: bool = False
     guidance: tuple[float, float] | None = Field(None, strict=False)
     source: MixtureConfig | None = None
     """The mixture that data are drawn from, where there are no others."""
+    pipeline: str | None = None
+    """Of diffusers, that the first teacher came from: a folder or a Hub id."""
 
     def save(self, folder: Path) -> None:
         """Write it into a network's folder."""

@@ -32,10 +32,12 @@ def write_card(
     kind: str | None,
     base: Mapping[str, Any] | None,
     notes: Sequence[str],
+    snippet: Sequence[str] = (),
 ) -> None:
     """Write README.md beside the weights. Files of the user's machine are given by their names alone.
 
     kind: the class of transformers, if it has one. base: of an adapter, what it goes over. notes: of the parity gate.
+    snippet: how it is used, if not as transformers' networks are.
     """
     recipe, manifest = run.stage.recipe, reader.manifest(run.checkpoint)
     origin = _origin(base["path"] if base else spec.path)
@@ -44,7 +46,7 @@ def write_card(
     head = {
         "base_model": origin,
         "license": _license(base["path"] if base else spec.path),
-        "library_name": "peft" if base else "transformers" if kind else "scaletrain",
+        "library_name": "peft" if base else "transformers" if kind else "diffusers" if snippet else "scaletrain",
         "pipeline_tag": task,
         "tags": [word for word in ("scaletrain", recipe.objective.type, adapter) if word],
     }
@@ -53,8 +55,8 @@ def write_card(
     lines = ["---", yaml.safe_dump({k: v for k, v in head.items() if v is not None}, sort_keys=False).strip(), "---"]
     lines += ["", f"# {run.folder.name}", "", f"{made}{how}: objective `{recipe.objective.type}`, step "]
     lines[-1] += f"{manifest['step']:,} of the run, stage `{manifest['stage']}`."
-    if kind:
-        lines += ["", "## Load it", "", "```python", *_snippet(kind, base), "```"]
+    if kind or snippet:
+        lines += ["", "## Load it", "", "```python", *(snippet or _snippet(str(kind), base)), "```"]
     lines += ["", "## Evaluation", "", *_metrics(run.folder / METRICS)]
     lines += ["", "## Data", "", *_data(run)]
     lines += ["", "## How it was checked", "", *(f"* {note}" for note in notes)]

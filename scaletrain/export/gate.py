@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -123,10 +124,13 @@ def check(
     return gap, found
 
 
-def elsewhere(asked: Mapping[str, Any], probe: Probe) -> tuple[torch.Tensor, dict[str, Any]]:
+def elsewhere(
+    asked: Mapping[str, Any], probe: Probe, program: ModuleType = plain
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """Load a network as `plain.load` is asked to and call it, in a new process that has the libraries alone.
 
-    Returns its outputs, and its `faults` and `fingerprints`. Raises RuntimeError when it does not load.
+    program: another such module. Returns its outputs, and its `faults` and `fingerprints`. Raises RuntimeError when it
+    does not load.
     """
     with tempfile.TemporaryDirectory() as place:
         there = Path(place)
@@ -135,7 +139,7 @@ def elsewhere(asked: Mapping[str, Any], probe: Probe) -> tuple[torch.Tensor, dic
         request = there / "request"
         request.write_text(repr({**asked, **files, "facts": str(there / "facts.json")}))
         # A program given as a text finds no modules beside a file of its own; nor does it in an empty folder.
-        command = [sys.executable, "-c", Path(plain.__file__).read_text(), str(request)]
+        command = [sys.executable, "-c", Path(str(program.__file__)).read_text(), str(request)]
         done = subprocess.run(command, cwd=there, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"it cannot be loaded by the libraries alone:\n{done.stderr[-2000:]}")

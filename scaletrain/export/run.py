@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
@@ -23,6 +23,9 @@ from scaletrain.finished import FinishedStage
 from scaletrain.networks._post_training import reloaded
 from scaletrain.networks.build import base_of, build, network_module, own_base, save, unrounded
 from scaletrain.shelf import Shelf
+
+if TYPE_CHECKING:
+    from scaletrain.diffusion.pipelines import Plan
 
 DTYPES = ("float32", "bfloat16", "float16")
 DRIFT = {
@@ -135,7 +138,12 @@ def _export(run: FinishedStage, network: _Network, form: Form, destination: Path
     name = network.name
     hidden, base = destination / f".unproved-{name}", destination / f"{name}-base"
     try:
-        notes = _prove(run, network, form, hidden, base) if network.kind else _prove_tensors(run, network, hidden)
+        if network.kind:
+            notes = _prove(run, network, form, hidden, base)
+        elif plan := run.objective.pipeline(name):
+            notes = _prove_pipeline(run, network, form, plan, hidden)
+        else:
+            notes = _prove_tensors(run, network, hidden)
         hidden.rename(destination / name)
     except BaseException as error:
         for left in (hidden, base):
@@ -185,6 +193,23 @@ def _prove(run: FinishedStage, network: _Network, form: Form, hidden: Path, base
         if drift.part > limit:
             raise RuntimeError(f"{', '.join(network.drifts)} moved the logits by {drift}, more than {limit:g}")
     write_card(hidden, run, network.spec, network.kind, base, notes)
+    return notes
+
+
+def _prove_pipeline(run: FinishedStage, network: _Network, form: Form, plan: Plan, hidden: Path) -> list[str]:
+    """Write a denoiser as a pipeline of diffusers; returns what there is to tell of it. Raises RuntimeError."""
+    from scaletrain.export.pipeline import snippet, write_pipeline
+
+    if form.dtype or form.quantize:
+        raise UserError("--dtype, --quantize: a pipeline is exported as it was trained, and loaded in another form.")
+    if network.adapted and form.merge:
+        network.module = _merged(network, run, hidden)
+    if not hasattr(_inner(network.module), "save_pretrained") or (network.adapted and plan.source is None):
+        return _prove_tensors(run, network, hidden)
+    if network.adapted and (network.spec.config.get("guidance") or _own_base(run, network)):
+        raise UserError(f"network `{network.name}`: its adapter goes over other weights than its pipeline's: --merge.")
+    notes = write_pipeline(network.module, network.spec, plan, hidden)
+    write_card(hidden, run, network.spec, None, None, notes, snippet(network.module, plan))
     return notes
 
 

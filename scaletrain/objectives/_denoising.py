@@ -7,8 +7,9 @@ from the teacher; and with classes, `label`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.classes import Classes
 from scaletrain.data.dataset import Dataset, TensorDataset
 from scaletrain.data.images import ImageOptions
-from scaletrain.data.points import draws, points
+from scaletrain.data.points import arrays, draws, points
 from scaletrain.data.sources import Rows
 from scaletrain.data.stream import Stream
+from scaletrain.diffusion import pipelines, texts
 from scaletrain.diffusion.denoiser import Denoiser, Guidance
 from scaletrain.diffusion.path import AnyPath, Cosine
 from scaletrain.diffusion.prediction import Prediction, Weighting
@@ -38,6 +40,7 @@ from scaletrain.objectives.base import Networks, Report, Request, RunView, Sampl
 from scaletrain.player import Batch, Turn
 
 _BATCH = 1024  # samples drawn at a time for the report
+_TEXTS = 16  # of the data, by which samples are drawn
 
 
 class Config(ImageOptions):
@@ -51,8 +54,10 @@ class Config(ImageOptions):
     """For `edm`: the standard deviation of the data, by default the teacher's, or that of the first 1,000 samples."""
     weighting: Weighting = "snr_plus_one"
     """Of errors (see `scaletrain.diffusion.prediction.weight`)."""
-    condition: Literal["label"] | None = None
-    """What the network is told of each sample; a student, what its teacher is."""
+    condition: Literal["label", "text"] | None = None
+    """What the network is told of each sample; a student, what its teacher is. text: by columns as `prompt_embeds`."""
+    no_text: str | None = None
+    """A safetensors file with what stands for no text, by column; by default what a pipeline says of the prompt ""."""
     clip: bool = False
     """Keep the predicted x₀ in [-1, 1] while sampling."""
     solver: Solver = "ddim"
@@ -80,12 +85,16 @@ class Objective(base.Objective[C], Generic[C]):
     """Whether it learns from one. Set it in `__init__` when it depends on options."""
     scales: tuple[float, float] | None = None
     """Of guidance that the student is told; by default those that its teacher is told."""
+    unconditioned: bool = False
+    """Whether it calls networks with what stands for no condition, whatever the guidance. Set it in `__init__`."""
 
     def __init__(self, config: C, recipe: Recipe):
         super().__init__(config, recipe)
         self._classes: Classes | None = None
         self._teacher: Signature | None = None
         self._signature: Signature | None = None
+        self._texts: Mapping[str, Tensor] = {}
+        self._null: Mapping[str, Tensor] = {}
         spec = recipe.networks.get("teacher")
         self._source: mixture.Mixture | None = None
         self._exact = spec is not None and spec.type == "mixture"
@@ -112,6 +121,17 @@ class Objective(base.Objective[C], Generic[C]):
             self._draw_from(self._signature)
             if (folders[self.trained] / "classes.json").exists():
                 self._classes = Classes.load(folders[self.trained])
+            self._texts, self._null = texts.load(folders[self.trained])
+        with suppress(UserError):  # for samples, folders need not be there
+            self._look()
+
+    def _look(self, sides: tuple[int, ...] | None = None) -> None:
+        """Read how networks that come from a `path` are called. sides: height and width, as the data have them."""
+        path = {name: self.recipe.networks.get(name, NetworkSpec()).path for name in ("teacher", self.trained)}
+        if path["teacher"] and (self._teacher is None or sides):
+            self._teacher = pipelines.signature(path["teacher"], sides)
+        if path[self.trained] and "teacher" not in self.recipe.networks and (self._signature is None or sides):
+            self._signature = pipelines.signature(path[self.trained], sides)
 
     def _draw_from(self, signature: Signature | None) -> None:
         if self._source is None and signature is not None and signature.source is not None:
@@ -119,19 +139,30 @@ class Objective(base.Objective[C], Generic[C]):
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find what is denoised, its shape and, where they are told, its classes. Raises UserError."""
+        self._look()
         config, before = self.config, self._teacher or self._signature
         condition = config.condition or (before.condition if before else None)
         space = self._space(train)
         if "label" in train.columns and self._classes is None and (condition or self._source is None):
-            self._classes = Classes.find(train, "label")
-        if condition and self._classes is None and self._source is None:
+            self._classes = Classes.find(train, "label", (before.classes or None) if before else None)
+        if condition == "label" and self._classes is None and self._source is None:
             train.require("label", "the class that the network is told")
         if self._source is not None:
             shape, found = self._source.shape, self._source.std
             classes = len(self._source.means)
         else:
-            classes = len(self._classes) if self._classes else 0
+            classes = len(self._classes) if self._classes else before.classes if before else 0
             shape, found = self._measure(train, space, before)
+            if "draw" not in train.columns:
+                self._look(shape[1:])
+                before = self._teacher or self._signature
+            if before and before.space == space == "latent" and before.shape[0] != shape[0]:
+                raise UserError(
+                    f"`latent` has {shape[0]} channels, and the network denoises {before.shape[0]}: these are latents "
+                    "of another autoencoder."
+                )
+        if condition == "text":
+            self._read_texts(train, before)
         reading = self._reading(found)
         scales = self.scales or (before.guidance if before else None)
         self._signature = Signature(
@@ -139,9 +170,12 @@ class Objective(base.Objective[C], Generic[C]):
             space=space,
             shape=shape,
             condition=condition,
-            classes=classes if condition else 0,
+            classes=classes if condition == "label" else 0,
+            texts=list(self._texts),
+            fixed=before.fixed if before else {},
             guidance=scales,
             source=self._source.config if self._source else None,
+            pipeline=before.pipeline if before else None,
         )
         if self.needs_teacher and config.guidance != 1:
             self.require_guidable()
@@ -150,6 +184,21 @@ class Objective(base.Objective[C], Generic[C]):
                 f"objective.guidance: {config.guidance:g} is not one of the scales that the network is told, "
                 f"{scales[0]:g} to {scales[1]:g}."
             )
+
+    def _read_texts(self, rows: Rows, before: Signature | None) -> None:
+        """Take some texts of the data, to draw samples by, and what stands for none. Raises UserError."""
+        columns = before.texts if before and before.texts else [c for c in texts.COLUMNS if c in rows.columns]
+        for column in columns or texts.COLUMNS[:1]:
+            rows.require(column, "what the network is told of a text")
+        self._texts = arrays(rows.sample(_TEXTS), columns).tensors
+        if self.config.no_text:
+            self._null = texts.read_null(self.config.no_text, self._texts)
+        elif not self._null and (self.config.guidance != 1 or self.unconditioned):
+            path = self.recipe.networks.get("teacher", self.recipe.networks.get(self.trained, NetworkSpec())).path
+            found = pipelines.Pipeline.open(path) if path else None
+            if found is None:
+                raise UserError("objective.no_text is missing: a safetensors file with what stands for no text.")
+            self._null = found.null()
 
     def _space(self, rows: Rows) -> Space:
         if "draw" in rows.columns:
@@ -182,7 +231,7 @@ class Objective(base.Objective[C], Generic[C]):
         """Return how the trained network is read. found: the standard deviation of the data."""
         config, before = self.config, self._teacher or self._signature
         known = before.reading if before else None
-        if not self._exact and self.needs_teacher and self._teacher is None:
+        if not self._exact and self.needs_teacher and known is None:
             for key in ("path", "prediction"):
                 if getattr(config, key) is None:
                     raise UserError(
@@ -216,6 +265,7 @@ class Objective(base.Objective[C], Generic[C]):
             self.signature.save(folder)
             if self._classes is not None:
                 self._classes.save(folder)
+            texts.save(folder, self._texts, self._null)
 
     def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
         """Return what is denoised, with its class where there is one."""
@@ -224,7 +274,12 @@ class Objective(base.Objective[C], Generic[C]):
         signature = self.signature
         if signature.space == "image":
             return self.config.pictures(rows, training, signature.shape, self._classes)  # type: ignore[arg-type]
-        return points(rows, signature.space)
+        if signature.condition is None:
+            return points(rows, signature.space)
+        found = arrays(rows, [signature.space, *signature.texts]).tensors
+        if self._classes is not None and signature.condition == "label":
+            found["label"] = torch.from_numpy(self._classes.encode(rows, "label"))
+        return TensorDataset(found)
 
     # --- networks -----------------------------------------------------------------------------------------------------
 
@@ -240,7 +295,7 @@ class Objective(base.Objective[C], Generic[C]):
         """Return a denoiser of this name, which is told the shape of a sample and what else it will be called with."""
         signature = self.signature
         given = self.recipe.networks.get(name, NetworkSpec())
-        told = {"classes": signature.classes} if signature.condition else {}
+        told = {"classes": signature.classes} if signature.condition == "label" else {}
         told |= dict.fromkeys(tells, True)
         if given.source or given.path:
             return completed(self.recipe, name, "", **told).model_copy(update={"type": given.type})
@@ -288,9 +343,17 @@ class Objective(base.Objective[C], Generic[C]):
             )
 
     def guided(self, denoiser: Denoiser, scale: float | Tensor | None = None) -> Denoiser:
-        """Guide a denoiser by what it is told; by default, by the recipe's scale."""
-        null = {"label": torch.tensor(self.signature.classes)}
-        return denoiser.under(Guidance(self.config.guidance if scale is None else scale, null))
+        """Guide a denoiser by what it is told, or tell it the scale; by default, the recipe's."""
+        scale = self.config.guidance if scale is None else scale
+        if (self._teacher or self.signature).guidance:
+            return denoiser.given(guidance=torch.as_tensor(scale))
+        return denoiser.under(Guidance(scale, self.null()))
+
+    def null(self) -> Mapping[str, Tensor]:
+        """Return what stands for no condition, by name, () or (...) each."""
+        if self.signature.condition == "text":
+            return self._null
+        return {"label": torch.tensor(self.signature.classes)}
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
@@ -300,8 +363,31 @@ class Objective(base.Objective[C], Generic[C]):
 
     def told(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what networks are told of a batch."""
-        names = [*(["label"] if self.signature.condition else []), *(["guidance"] if self.signature.guidance else [])]
-        return {name: batch[name] for name in names if name in batch}
+        signature = self.signature
+        names = ["label"] if signature.condition == "label" else [*signature.texts]
+        names += ["guidance"] if signature.guidance else []
+        found = {name: batch[name] for name in names if name in batch}
+        return found | self._fixed(next(iter(batch.values()))) if batch else found
+
+    def _fixed(self, like: Tensor) -> dict[str, Tensor]:
+        """Return what networks are told of all samples alike, (B, ...) each, for so many as `like` (B, ...)."""
+        fixed = {k: torch.tensor(v, device=like.device) for k, v in self.signature.fixed.items()}
+        return {k: v.expand(len(like), *v.shape) for k, v in fixed.items()}
+
+    def conditions(self, noise: Tensor) -> dict[str, Tensor]:
+        """Return what networks are told of samples that are drawn from noise (N, ...): classes, or texts, in turn, and
+        the recipe's scale of guidance.
+        """
+        number, signature = torch.arange(len(noise), device=noise.device), self.signature
+        told = self._fixed(noise)
+        if signature.condition == "label":
+            told["label"] = number % signature.classes
+        for name in signature.texts:
+            known = self._texts[name].to(noise.device)
+            told[name] = known[number % len(known)]
+        if signature.guidance:
+            told["guidance"] = torch.full((len(noise),), self.config.guidance, device=noise.device)
+        return told
 
     def data(self, batch: Batch) -> tuple[Tensor, Batch]:
         """Return x₀ (B, ...), drawn from the mixture where a batch has none, and the batch with what that tells.
@@ -349,19 +435,37 @@ class Objective(base.Objective[C], Generic[C]):
         noise = torch.randn(request.count, *signature.shape, generator=generator, device=generator.device)
         return self.shown(self.sampler(networks[self.trained])(noise, self.steps, self.conditions(noise)))
 
-    def conditions(self, noise: Tensor) -> dict[str, Tensor]:
-        """Return what samplers are told: each class in turn, and the recipe's scale of guidance."""
-        count, signature = len(noise), self.signature
-        told = {}
-        if signature.condition:
-            told["label"] = torch.arange(count, device=noise.device) % signature.classes
-        if signature.guidance:
-            told["guidance"] = torch.full((count,), self.config.guidance, device=noise.device)
-        return told
-
     def shown(self, x0: Tensor) -> Samples:
         """Return x₀ as samples."""
-        return Samples(points=x0) if x0.dim() == 2 else Samples(images=(x0 + 1) / 2)
+        if x0.dim() == 2:
+            return Samples(points=x0)
+        return Samples(images=(x0 if x0.shape[1] < 3 else x0[:, :3]) / 2 + 0.5)  # of latents, some channels
+
+    # --- as a pipeline of diffusers -----------------------------------------------------------------------------------
+
+    def scheduler(self, known: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the configuration of the scheduler of diffusers that samples as `sampler` does; None if none does.
+
+        known: that of the pipeline that the first teacher came from. A method with a sampler of its own says so here.
+        """
+        clips = self.config.clip and (self.signature.condition or self.signature.space != "image")
+        if self.config.solver != "ddim" or clips or type(self).sampler is not Objective.sampler:
+            return None
+        return pipelines.scheduler_of(self.signature.reading, self.config.clip, known)
+
+    def pipeline(self, network: str) -> pipelines.Plan | None:
+        """Return the pipeline that the trained network belongs to."""
+        signature = self.signature
+        if network != self.trained or len(signature.shape) != 3:
+            return None
+        source = pipelines.Pipeline.open(signature.pipeline) if signature.pipeline else None
+        scheduler = self.scheduler(source.part("scheduler") if source else {})
+        if scheduler is None:
+            return None
+        plain = signature.condition is None and scheduler["_class_name"] == "DDIMScheduler"
+        if source is None and not plain:  # diffusers has a pipeline for a network alone where it samples by DDIM
+            return None
+        return pipelines.Plan(source, scheduler, signature, self.steps, self.conditions, self.sampler)
 
     # --- the table ----------------------------------------------------------------------------------------------------
 

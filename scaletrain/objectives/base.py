@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from scaletrain.data.dataset import Dataset
     from scaletrain.data.sources import Rows
     from scaletrain.data.stream import Stream
+    from scaletrain.diffusion.pipelines import Plan
 
 C = TypeVar("C", bound=Strict)
 
@@ -271,6 +272,10 @@ class Objective(ABC, Generic[C]):
         A family without one leaves this as it is.
         """
         raise NotImplementedError
+
+    def pipeline(self, network: str) -> Plan | None:
+        """Return the pipeline of diffusers that a trained network is exported in, or None for the network alone."""
+        return None
 
     def report(self, view: RunView) -> Report | None:
         """Judge the run as a whole after its last stage (the last stage's objective is asked), or None."""

@@ -15,6 +15,7 @@ from torch import nn
 from scaletrain.config import Recipe
 from scaletrain.data.sources import Rows
 from scaletrain.diffusion.pairing import optimal_pairs
+from scaletrain.diffusion.path import beside
 from scaletrain.diffusion.times import Times, Uniform
 from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Sampler
@@ -52,6 +53,7 @@ class Objective(_denoising.Objective[Config]):
         if config.dropped and config.condition is None:
             raise UserError("objective.dropped: there is no condition to leave out; set objective.condition=label.")
         self.steps = config.steps
+        self.unconditioned = config.dropped > 0
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find what is denoised. Raises UserError that names the row."""
@@ -81,9 +83,10 @@ class Objective(_denoising.Objective[Config]):
         """Leave the condition of some samples out."""
         if not self.config.dropped:
             return batch
-        label = batch["label"]
-        kept = torch.rand(len(label), device=label.device) >= self.config.dropped
-        return {**batch, "label": torch.where(kept, label, self.signature.classes)}
+        first = next(iter(batch.values()))
+        kept = torch.rand(len(first), device=first.device) >= self.config.dropped
+        null = {k: v.to(first.device) for k, v in self.null().items() if k in batch}
+        return {**batch, **{k: torch.where(beside(kept, batch[k]), batch[k], v) for k, v in null.items()}}
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the loss with every condition."""

@@ -45,7 +45,7 @@ class Objective(_denoising.Objective[Config]):
             low, high = config.scales
             if not 0 < low < high:
                 raise UserError(f"objective.scales: [{low:g}, {high:g}] is no range above 0.")
-            self.scales = (low, high)
+            self.scales, self.unconditioned = (low, high), True
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find what is denoised, and that the teacher can be guided. Raises UserError."""

@@ -1,0 +1,64 @@
+"""What whoever gets an exported pipeline does: load it with diffusers alone, and sample.
+
+The parity gate runs this file in a new process, as a text: it imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def load(folder: str, base: str | None) -> Any:
+    """Load a pipeline's folder, or that of a LoRA over the pipeline `base`, with the scheduler beside it."""
+    import diffusers
+
+    if base is None:
+        return diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(base)
+    config = json.loads(Path(f"{folder}/scheduler/scheduler_config.json").read_text())
+    scheduler: Any = getattr(diffusers, config["_class_name"])
+    pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")
+    pipe.load_lora_weights(folder)
+    return pipe
+
+
+def samples(pipe: Any, inputs: dict[str, torch.Tensor], seed: int, options: dict[str, Any]) -> torch.Tensor:
+    """Return latents, or, of pipelines that do not give them, pictures in [0, 1] (N, C, H, W).
+
+    inputs: by the names that the pipeline has for them. seed: of the noise, where it takes none, and of what it draws.
+    options: such as the number of steps; those that the pipeline does not have are left out.
+    """
+    has = inspect.signature(pipe.__call__).parameters
+    given: dict[str, Any] = {k: v for k, v in {**options, **inputs}.items() if k in has}
+    if "class_labels" in given:
+        given["class_labels"] = inputs["class_labels"].tolist()
+    if "latents" in given:
+        given["output_type"] = "latent"
+    else:
+        given |= {"generator": torch.Generator().manual_seed(seed), "output_type": "np"}
+    pipe.set_progress_bar_config(disable=True)
+    torch.manual_seed(seed + 1)
+    found = pipe(**given).images
+    return found if "latents" in given else torch.from_numpy(found).permute(0, 3, 1, 2)
+
+
+def main(request: str) -> None:
+    """Load and sample what a request asks for; results go to the files that it names."""
+    from safetensors.torch import load_file, save_file
+
+    asked = ast.literal_eval(Path(request).read_text())
+    pipe = load(asked["folder"], asked["base"])
+    found = samples(pipe, load_file(asked["inputs"]), asked["seed"], asked["options"])
+    save_file({"outputs": found.float().contiguous()}, asked["outputs"])
+    Path(asked["facts"]).write_text(json.dumps({"own": "scaletrain" in sys.modules}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
