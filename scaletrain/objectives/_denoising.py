@@ -77,7 +77,7 @@ class Objective(base.Objective[C], Generic[C]):
     """Trains the network `trained`, from data or from what `teacher`, which is frozen, says."""
 
     trained: ClassVar[str] = "student"
-    turns = (Turn("train", "student"),)
+    turns: tuple[Turn, ...] = (Turn("train", "student"),)
     throughput = "samples"
     tells: tuple[str, ...] = ()
     """What the trained network is told beside its condition, of `guidance` and `target`."""
@@ -127,11 +127,11 @@ class Objective(base.Objective[C], Generic[C]):
 
     def _look(self, sides: tuple[int, ...] | None = None) -> None:
         """Read how networks that come from a `path` are called. sides: height and width, as the data have them."""
-        path = {name: self.recipe.networks.get(name, NetworkSpec()).path for name in ("teacher", self.trained)}
-        if path["teacher"] and (self._teacher is None or sides):
-            self._teacher = pipelines.signature(path["teacher"], sides)
-        if path[self.trained] and "teacher" not in self.recipe.networks and (self._signature is None or sides):
-            self._signature = pipelines.signature(path[self.trained], sides)
+        teacher, own = (self.recipe.networks.get(name, NetworkSpec()).path for name in ("teacher", self.trained))
+        if teacher and (self._teacher is None or sides):
+            self._teacher = pipelines.signature(teacher, sides)
+        if own and "teacher" not in self.recipe.networks and (self._signature is None or sides):
+            self._signature = pipelines.signature(own, sides)
 
     def _draw_from(self, signature: Signature | None) -> None:
         if self._source is None and signature is not None and signature.source is not None:

@@ -50,6 +50,9 @@ class Config(_denoising.Config):
     huber: float | None = Field(None, gt=0)
     """c of the pseudo-Huber loss √(error + c²) − c, in place of the squared error of a sample (Lee et al., 2024)."""
 
+_ONE: Weighting = "plain"
+"""Of one time, which has one weight."""
+
 
 @final
 class Objective(_denoising.Objective[Config]):
@@ -141,9 +144,8 @@ class Objective(_denoising.Objective[Config]):
     def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the loss at times that are spread over the path, or at the last one alone."""
         noise, made, student = batch["noise"], batch["made"], self.student(networks, batch)
-        if self.config.one_step:
-            t, weighting = times(student.path.last, noise), "plain"  # one time has one weight
-        else:
+        t, weighting = times(student.path.last, noise), _ONE
+        if not self.config.one_step:
             t, weighting = self.config.times.draw(len(noise), student.path, noise.device), self.config.weighting
         found = student.loss(student.path.noisy(made, noise, t), t, made, weighting, noise)
         if self.config.huber:
