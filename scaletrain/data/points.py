@@ -19,7 +19,8 @@ def points(rows: Rows, column: str = "point") -> TensorDataset:
     for number, value in enumerate(values):
         if len(value) != width:
             raise UserError(f"{rows.name(number)}: `{column}` has {len(value)} numbers, the first row has {width}.")
-    found = torch.from_numpy(np.asarray([np.asarray(value, np.float32) for value in values]))
+    with np.errstate(over="ignore"):  # it is told below
+        found = torch.from_numpy(np.asarray([np.asarray(value, np.float32) for value in values]))
     if not found.isfinite().all():
         bad = int((~found.isfinite()).any(1).nonzero()[0])
         raise UserError(f"{rows.name(bad)}: `{column}` has a number that is not finite.")

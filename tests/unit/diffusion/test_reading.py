@@ -42,8 +42,8 @@ def answers(path: Path, x0: Tensor, eps: Tensor, t: Tensor) -> dict[Prediction, 
 
 
 def times(path: Path, dtype: torch.dtype) -> Tensor:
-    """Return times of log SNR −2 to 2: there no conversion makes rounding more than e times as large."""
-    return path.time_at(torch.linspace(-2, 2, 60, dtype=torch.float64)).to(dtype)
+    """Return times of log SNR −1.5 to 1.5: there no conversion makes rounding more than 2.2 times as large."""
+    return path.time_at(torch.linspace(-1.5, 1.5, 60, dtype=torch.float64)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
