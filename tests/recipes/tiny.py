@@ -166,6 +166,7 @@ def overrides(recipe: str, folder: Path) -> list[str]:
         **{
             f"distill/{name}": [
                 "data.train=noise:64",
+                "data.holdout=0",
                 "networks.teacher={type: mixture}",
                 "networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
                 "objective.compare_samples=64",
