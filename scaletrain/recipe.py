@@ -135,7 +135,7 @@ _code: set[str] = set()  # types that the user's own files add
 
 def objective_types() -> set[str]:
     """Return the types of objective there are, without importing them: files with a class `Objective`, and `--code`."""
-    files = _OBJECTIVES.glob("*.py")
+    files = _OBJECTIVES.glob("[!_]*.py")
     own = {p.stem for p in files if re.search(r"^class Objective\((?!ABC)", p.read_text("utf-8"), re.MULTILINE)}
     return own | _code
 

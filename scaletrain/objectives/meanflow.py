@@ -15,9 +15,11 @@ import torch.autograd.forward_ad as forward
 from pydantic import Field
 from torch import Tensor, nn
 
+from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.jumps import euler_jump, noised, to, travel
 from scaletrain.diffusion.path import beside
+from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _jumping
 from scaletrain.objectives._jumping import Jumps
@@ -35,6 +37,13 @@ class Config(_jumping.Config):
 @final
 class Objective(_jumping.Objective[Config]):
     """Train `student` to obey the MeanFlow identity."""
+
+    def __init__(self, config: Config, recipe: Recipe):
+        super().__init__(config, recipe)
+        if recipe.train.compile != "off":
+            raise UserError(
+                "train.compile: meanflow differentiates forward, which compiled networks do not; leave it out."
+            )
 
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
         """Return jumps and the average velocity that follows from the identity, as x₀ and ε."""

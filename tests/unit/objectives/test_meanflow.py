@@ -12,9 +12,11 @@ from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import EDM, AnyPath, Cosine, Flow, Trig
 from scaletrain.diffusion.prediction import Prediction
 from scaletrain.diffusion.reading import Reading
+from scaletrain.errors import UserError
 from scaletrain.explain import decode
 from scaletrain.networks import point_denoiser, unet
 from scaletrain.objectives import meanflow
+from scaletrain.recipe import objective_of
 from tests.unit.objectives.jumping import TWO, Knows, draws, made, teacher_of, trained
 
 PLAIN = {"type": "meanflow", "path": "flow", "prediction": "velocity", "weighting": "plain", "power": 0.0}
@@ -90,3 +92,10 @@ def test_it_learns_and_broken_on_purpose_it_does_not(monkeypatch: pytest.MonkeyP
     ):
         monkeypatch.setattr(meanflow, "rate", wrong)
         assert figure() > 3 * right + 0.05
+
+
+def test_compiled_networks_are_refused() -> None:
+    recipe = made(PLAIN).recipe
+    compiled = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": "network"})})
+    with pytest.raises(UserError, match=r"train\.compile: meanflow differentiates forward"):
+        objective_of(compiled)
