@@ -18,6 +18,7 @@ from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import AnyPath, Trig, beside
 from scaletrain.diffusion.times import LogNormal, Times
+from scaletrain.errors import UserError
 from scaletrain.objectives import _consistency
 from scaletrain.objectives.base import Networks
 from scaletrain.player import Batch, Term, Turn
@@ -45,6 +46,8 @@ class Objective(_consistency.Sampled[Config]):
     def __init__(self, config: Config, recipe: Recipe):
         self.needs_teacher = config.learns_from == "teacher" or "teacher" in recipe.networks
         super().__init__(config, recipe)
+        if recipe.train.compile != "off":
+            raise UserError("train.compile: scm differentiates forward, which compiled networks do not; leave it out.")
 
     def new_path(self, data_std: float) -> AnyPath:
         """Return TrigFlow."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from scaletrain.config import Recipe
+from scaletrain.data.sources import Rows
+from scaletrain.data.tables import ArrayTable
 from scaletrain.diffusion.consistency import stops, to_data
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.intervals import Even, Near
@@ -16,7 +20,10 @@ from scaletrain.diffusion.prediction import Prediction
 from scaletrain.diffusion.reading import Reading
 from scaletrain.diffusion.solvers import ddim_step, implied_x0
 from scaletrain.errors import UserError
+from scaletrain.explain import decode
+from scaletrain.networks.point_denoiser import Config, PointDenoiser
 from scaletrain.player import Player
+from scaletrain.recipe import objective_of
 from tests.unit.objectives.small import GAUSSIAN, TURN, draws, flowed, made, networks, trained
 
 PATHS = [Cosine(), Linear(), EDM(), Flow(), Trig(data_std=0.7), Discrete(alphas_cumprod=[0.999, 0.9, 0.5, 0.1, 0.01])]
@@ -106,6 +113,17 @@ def test_trained_targets_are_of_the_same_data_and_noise() -> None:
     x0, eps = (sigma_s * z - sigma * y) / whole, (alpha * y - alpha_s * z) / whole
     assert float((x0 - torch.tensor([1.5, 0.0])).norm(dim=1).median()) < 1.5  # of the Gaussian
     torch.testing.assert_close(path.noisy(x0, eps, s), y, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["consistency", "scm"])
+def test_data_alone_will_do(method: str) -> None:
+    found = {"objective": {"type": method, "learns_from": "data"}, "data": {"train": "points.jsonl"}}
+    objective = objective_of(decode(Recipe, found))
+    points = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
+    objective.prepare(Rows([ArrayTable("set", {"point": points})]), None)
+    assert list(objective.networks()) == ["student"]
+    nets = {"student": PointDenoiser(Config(hidden=[8, 8]))}
+    assert objective.loss(TURN, nets, {"point": torch.from_numpy(points)})["loss"].sum.isfinite()
 
 
 def test_targets_have_no_gradient() -> None:

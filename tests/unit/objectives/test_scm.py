@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from scaletrain.config import TrainSpec
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import Cosine, Trig, beside
 from scaletrain.diffusion.reading import Reading
 from scaletrain.errors import UserError
 from scaletrain.networks.unet import Config as UNetConfig
 from scaletrain.networks.unet import UNet
-from tests.unit.objectives.small import GAUSSIAN, TURN, draws, flowed, made, networks, trained
+from scaletrain.recipe import objective_of
+from tests.unit.objectives.small import GAUSSIAN, TURN, draws, flowed, made, networks, recipe, trained
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +114,12 @@ def test_training_follows_the_straight_path() -> None:
 def test_a_network_of_x0_is_refused() -> None:
     with pytest.raises(UserError, match="leave them as they are"):
         made({"type": "scm", "prediction": "x0", "path": "cosine"}, GAUSSIAN)
+
+
+def test_compiled_networks_are_refused() -> None:
+    compiled = recipe({"type": "scm"}).model_copy(update={"train": TrainSpec(compile="blocks")})
+    with pytest.raises(UserError, match="differentiates forward"):
+        objective_of(compiled)
 
 
 def test_warm_up_brings_the_tangent_in() -> None:
