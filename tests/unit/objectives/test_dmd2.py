@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe
+from scaletrain.data.dataset import TensorDataset
 from scaletrain.data.sources import Rows
 from scaletrain.data.tables import ArrayTable
 from scaletrain.diffusion.denoiser import Denoiser
@@ -22,9 +23,10 @@ from scaletrain.diffusion.path import EDM, Cosine, Flow
 from scaletrain.diffusion.reading import Reading
 from scaletrain.diffusion.signature import Signature
 from scaletrain.errors import UserError
-from scaletrain.evaluate.distances import energy_distance
+from scaletrain.evaluate.distances import energy_distance, mean_distance
 from scaletrain.networks.build import build
 from scaletrain.networks.mixture import Mixture
+from scaletrain.objectives.base import Data, RunView
 from scaletrain.objectives.dmd2 import Config, Objective
 from tests.unit.objectives.prepared import prepared
 
@@ -262,6 +264,32 @@ def test_each_turn_gives_gradients_to_its_own_player(options: dict[str, Any]) ->
         for name, network in networks.items():
             found = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in network.parameters()]
             assert all(found) if name == turn.player else not any(found), name
+
+
+# --- judgement --------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_the_energy_score_of_new_samples() -> None:
+    game = objective(steps=2)
+    torch.manual_seed(4)
+    found = game.evaluate({"student": Affine()}, batch(50))["energy_score"]
+    torch.manual_seed(4)
+    x0, _ = game.data(batch(50))
+    made = game.sampler(Affine())(torch.cat([torch.randn(50, 2), torch.randn(50, 2)]), 2, {}).detach()
+    expected = mean_distance(x0, made) - mean_distance(made, made) * 100 / 99 / 2
+    assert found.per == "samples"
+    assert float(found.sum.detach()) / 50 == pytest.approx(expected, rel=1e-5)
+    assert torch.isfinite(game.evaluate({"student": Affine()}, batch(1))["energy_score"].sum)
+
+
+def test_without_data_the_table_compares_halves_of_the_held_out_samples(tmp_path: Path) -> None:
+    game = objective()
+    game._source = None  # a teacher that draws no samples
+    held = TensorDataset({"point": torch.randn(40, 2)})
+    data = Data(TensorDataset({"draw": torch.arange(9)}), held)
+    judge = game._judge(RunView(tmp_path, (), data, torch.device("cpu"), 0, None, None))  # type: ignore[arg-type]
+    expected = energy_distance(held.tensors["point"][::2], held.tensors["point"][1::2])
+    assert judge.floor()["energy_distance"] == pytest.approx(expected)
 
 
 # --- broken -----------------------------------------------------------------------------------------------------------
