@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scaletrain.diffusion.path import AnyPath, Discrete, Flow
@@ -117,6 +118,7 @@ class Pipeline:
             return {"resolution": [height, width], "aspect_ratio": [height / width]}
         return {}
 
+    @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return what the pipeline's text encoders say of prompts, by column. Raises UserError where there are none."""
         import diffusers
@@ -127,7 +129,7 @@ class Pipeline:
                 f"`{self.folder}` has no text encoder: give `objective.no_text`, a safetensors file with what stands "
                 "for no text."
             )
-        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(self.folder, **{self.denoiser: None, "vae": None})
+        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(self.complete(), **{self.denoiser: None, "vae": None})
         kind, plain = type(pipe).__name__, {"do_classifier_free_guidance": False}
         if kind.startswith("StableDiffusionXL"):
             embeds, _, pooled, _ = pipe.encode_prompt(prompts, **plain)
