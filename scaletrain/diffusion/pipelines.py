@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scaletrain.diffusion.path import AnyPath, Discrete, Flow
@@ -117,6 +118,7 @@ class Pipeline:
             return {"resolution": [height, width], "aspect_ratio": [height / width]}
         return {}
 
+    @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return what the pipeline's text encoders say of prompts, by column. Raises UserError where there are none."""
         import diffusers
@@ -127,7 +129,7 @@ class Pipeline:
                 f"`{self.folder}` has no text encoder: give `objective.no_text`, a safetensors file with what stands "
                 "for no text."
             )
-        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(self.folder, **{self.denoiser: None, "vae": None})
+        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(self.complete(), **{self.denoiser: None, "vae": None})
         kind, plain = type(pipe).__name__, {"do_classifier_free_guidance": False}
         if kind.startswith("StableDiffusionXL"):
             embeds, _, pooled, _ = pipe.encode_prompt(prompts, **plain)
@@ -209,26 +211,28 @@ def scheduler_of(reading: Reading, clip: bool, known: dict[str, Any]) -> dict[st
 
     clip: keep x₀ in [-1, 1]. known: that of a pipeline, from which a schedule is taken over where it is the same.
     """
-    said = {ours: theirs for theirs, ours in _PREDICTIONS.items()}.get(reading.prediction)
     if isinstance(reading.path, Flow) and reading.prediction == "velocity" and not clip:
         name = "FlowMatchEulerDiscreteScheduler"
         if known.get("_class_name") == name:  # perhaps with a shift by the size of the picture
             return known
         return {"_class_name": name, "num_train_timesteps": 1000, "shift": reading.path.shift}
+    schedule = schedule_of(reading, known)
+    options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 0, "clip_sample": clip}
+    return schedule and {"_class_name": "DDIMScheduler", **schedule, **options}
+
+
+def schedule_of(reading: Reading, known: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what all of diffusers' schedulers of steps have of a reading: betas, and `prediction_type`; None if none.
+
+    known: as for `scheduler_of`.
+    """
+    said = {ours: theirs for theirs, ours in _PREDICTIONS.items()}.get(reading.prediction)
     if not isinstance(reading.path, Discrete) or said is None:
         return None
     squares = reading.path.alphas_cumprod
-    found = {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": len(squares),
-        "prediction_type": said,
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "clip_sample": clip,
-    }
+    found = {"num_train_timesteps": len(squares), "prediction_type": said}
     betas = {key: known[key] for key in _BETAS if key in known}
-    same = reading_of({**found, **betas}) if betas else None
+    same = reading_of({"_class_name": "DDIMScheduler", **found, **betas}) if betas else None
     if same is None or same.path != reading.path:
         betas = {"trained_betas": [1 - b / a for a, b in pairwise([1.0, *squares])]}
     return {**found, **betas}

@@ -14,14 +14,22 @@ from typing import Any
 
 import torch
 
+NEEDED = ("unet", "transformer", "vae", "scheduler")
+
 
 def load(folder: str, base: str | None) -> Any:
-    """Load a pipeline's folder, or that of a LoRA over the pipeline `base`, with the scheduler beside it."""
+    """Load a pipeline's folder, or that of a LoRA over the pipeline `base`, with the scheduler beside it.
+
+    Parts that samples from given embeddings do without, such as text encoders, are left out.
+    """
     import diffusers
 
+    whole = base or folder
+    index = json.loads(Path(f"{whole}/model_index.json").read_text())
+    left = {k: None for k, v in index.items() if isinstance(v, list) and k not in NEEDED}
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(whole, **left)
     if base is None:
-        return diffusers.DiffusionPipeline.from_pretrained(folder)
-    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(base)
+        return pipe
     config = json.loads(Path(f"{folder}/scheduler/scheduler_config.json").read_text())
     scheduler: Any = getattr(diffusers, config["_class_name"])
     pipe.scheduler = scheduler.from_pretrained(folder, subfolder="scheduler")

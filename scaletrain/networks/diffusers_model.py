@@ -372,8 +372,9 @@ def _changes(theirs: type[nn.Module], config: Config, has: dict[str, Any]) -> di
     """Return the settings in which a network is to differ from its files. Raises UserError for those that cannot."""
     if config.class_name not in (None, theirs.__name__):
         raise UserError(f"config.class_name is {config.class_name}, and `path` holds a {theirs.__name__}.")
-    if config.options:
-        raise UserError(f"config.{next(iter(config.options))}: a pretrained network has its own; leave it out.")
+    for key, value in config.options.items():
+        if has.get(key) != value:
+            raise UserError(f"config.{key}: a pretrained network has its own, {has.get(key)!r}; leave it out.")
     shapeless = config.model_copy(update={"channels": None, "height": None, "width": None})
     asked = _FAMILIES[theirs.__name__].options(shapeless, has)
     return {key: value for key, value in asked.items() if has.get(key) != value}

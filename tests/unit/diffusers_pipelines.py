@@ -170,7 +170,7 @@ def saved(family: str, folder: Path) -> Any:
     denoiser = pipe.components.get("unet") or pipe.transformer
     for parameter in denoiser.parameters():  # the last layers of some begin at 0
         with torch.no_grad():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(0.05 * torch.randn_like(parameter))
     pipe.save_pretrained(folder)
     return pipe
 

@@ -198,6 +198,29 @@ def test_a_network_that_is_told_guidance_at_first_answers_as_before(family: str,
         assert not torch.allclose(after(z, t, guidance=guidance, **told), before(z, t, **told))
 
 
+def test_what_stands_for_no_text_is_what_the_encoder_says_of_the_empty_prompt(pipes: Pipes, tmp_path: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    words = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path, model_max_length=TOKENS)
+    settings = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = CLIPTextConfig(vocab_size=4, max_position_embeddings=TOKENS, **settings, **special)
+    encoder = CLIPTextModel(config).eval()
+    _, pipe = pipes("stable_diffusion")
+    parts = {**pipe.components, "tokenizer": tokenizer, "text_encoder": encoder}
+    type(pipe)(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "pipe")
+    source = Pipeline.open(str(tmp_path / "pipe"))
+    assert source is not None
+    with torch.no_grad():
+        expected = encoder(torch.tensor([[0, 1, 1, 1, 1, 1]])).last_hidden_state
+        torch.testing.assert_close(source.null()["prompt_embeds"], expected[0])
+        expected = encoder(torch.tensor([[0, 2, 3, 1, 1, 1]])).last_hidden_state
+        torch.testing.assert_close(source.encode(["a b"])["prompt_embeds"], expected)
+
+
 @pytest.mark.parametrize(
     ("family", "config", "words"),
     [
@@ -400,7 +423,7 @@ def test_guidance_takes_what_stands_for_no_text_from_a_file(pipes: Pipes, tmp_pa
     save_file({"prompt_embeds": torch.zeros(TOKENS, 12)}, tmp_path / "none.safetensors")
     settings = {"guidance": 3.0, "no_text": str(tmp_path / "none.safetensors")}
     run = distil(folder, data, tmp_path, objective=settings)
-    (own,) = run.glob("step-*/networks/student")
+    own = run / "latest/networks/student"
     assert sorted(p.relative_to(own).as_posix() for p in own.rglob("*.safetensors")) == [
         "diffusion_pytorch_model.safetensors",
         "texts/none.safetensors",
