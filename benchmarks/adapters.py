@@ -77,7 +77,8 @@ def measure(name: str, options: argparse.Namespace, root: Path) -> list[str]:
     assert batch
     assert share
     seconds = int(batch.group(1)) / statistics.median(rates)
-    return [name, f"{max(told):.4f}", f"{told[-1]:.4f}", share.group(1), f"{seconds:.3f}", f"{used.ru_maxrss / 1024:,.0f}"]
+    memory = f"{used.ru_maxrss / 1024:,.0f}"
+    return [name, f"{max(told):.4f}", f"{told[-1]:.4f}", share.group(1), f"{seconds:.3f}", memory]
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ class TopK:
         lengths: learned places of each example.
         """
         ids, logs = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "ids": ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.int32),
             "logs": logs.astype(np.float16),
             "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),

@@ -84,7 +84,8 @@ class Pipeline:
         channels, side = config["in_channels"], config.get("sample_size")
         if config["_class_name"] == "FluxTransformer2DModel":  # its files name no size: that of 1024 pixels
             channels, side = channels // 4, 128
-        sides = sides or (tuple(side) if isinstance(side, list) else (side, side))
+        own: tuple[int, ...] = tuple(side) if isinstance(side, list) else (side, side)
+        sides = sides or own
         shape = (channels, *sides)
         reading = reading_of(self.part("scheduler"), tokens=_tokens(config, shape))
         if reading is None:
@@ -193,7 +194,7 @@ def reading_of(scheduler: dict[str, Any], tokens: int = 0) -> Reading | None:
     if cls is None:
         return None
     kept: Any = cls.from_config(scheduler)
-    config, path = kept.config, None
+    config = kept.config
     said = config.get("prediction_type", "epsilon")
     if name.startswith("FlowMatch"):
         return Reading(path=Flow(shift=_shift(config, tokens)), prediction="velocity")

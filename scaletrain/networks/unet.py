@@ -36,7 +36,7 @@ class Config(Conditioned):
 class Times(nn.Module):
     """Times (B,), about 0 to 1, and what else is told, to features (B, size), by a small MLP."""
 
-    def __init__(self, config: Config, size: int):
+    def __init__(self, config: Conditioned, size: int):
         super().__init__()
         self.waves = Waves(config.fastest)
         self.first = nn.Linear(2 * len(self.waves.frequencies), size)

@@ -50,6 +50,7 @@ class Config(_denoising.Config):
     huber: float | None = Field(None, gt=0)
     """c of the pseudo-Huber loss √(error + c²) − c, in place of the squared error of a sample (Lee et al., 2024)."""
 
+
 _ONE: Weighting = "plain"
 """Of one time, which has one weight."""
 
