@@ -17,7 +17,7 @@ from scaletrain.explain import decode
 from scaletrain.networks import point_denoiser, unet
 from scaletrain.objectives import meanflow
 from scaletrain.recipe import objective_of
-from tests.unit.objectives.jumping import TWO, Knows, draws, made, teacher_of, trained
+from tests.unit.objectives.jumping import Knows, draws, made, teacher_of, trained
 
 PLAIN = {"type": "meanflow", "path": "flow", "prediction": "velocity", "weighting": "plain", "power": 0.0}
 POINTS = decode(point_denoiser.Config, {"dim": 3, "hidden": [16, 16], "target": True, "fastest": 6})
@@ -80,10 +80,10 @@ def test_it_learns_and_broken_on_purpose_it_does_not(monkeypatch: pytest.MonkeyP
     exact = meanflow.rate
 
     def figure() -> float:
-        return trained(made(options, TWO), lr=2e-3)[1]
+        return trained(made(options), steps=300, lr=2e-3)[1]
 
     right = figure()
-    assert right < 0.3
+    assert right < 0.15
     wrong: Any
     for wrong in (
         lambda *inputs: torch.zeros_like(inputs[1]),  # no derivative: the velocity itself
@@ -91,7 +91,7 @@ def test_it_learns_and_broken_on_purpose_it_does_not(monkeypatch: pytest.MonkeyP
         lambda student, z, t, s, v: exact(student, z, t, s, torch.zeros_like(v)),  # the time's part alone
     ):
         monkeypatch.setattr(meanflow, "rate", wrong)
-        assert figure() > 3 * right + 0.05
+        assert figure() > 2 * right + 0.05
 
 
 def test_compiled_networks_are_refused() -> None:
