@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scaletrain.evaluate.judge import Judge
 from scipy.stats import energy_distance as scipy_distance
 
 from scaletrain.evaluate import distances
 from scaletrain.evaluate.distances import energy_distance
 from scaletrain.evaluate.few_steps import Real, compare
+from scaletrain.evaluate.judge import Judge
 
 
 @pytest.fixture(autouse=True)
