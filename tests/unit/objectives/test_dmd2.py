@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scaletrain.config import NetworkSpec, Recipe
+from scaletrain.config import AdapterSpec, NetworkSpec, Recipe
 from scaletrain.data.dataset import TensorDataset
 from scaletrain.data.sources import Rows
 from scaletrain.data.tables import ArrayTable
@@ -24,7 +25,7 @@ from scaletrain.diffusion.reading import Reading
 from scaletrain.diffusion.signature import Signature
 from scaletrain.errors import UserError
 from scaletrain.evaluate.distances import energy_distance, mean_distance
-from scaletrain.networks.build import build
+from scaletrain.networks.build import build, save
 from scaletrain.networks.mixture import Mixture
 from scaletrain.objectives.base import Data, RunView
 from scaletrain.objectives.dmd2 import Config, Objective
@@ -264,6 +265,45 @@ def test_each_turn_gives_gradients_to_its_own_player(options: dict[str, Any]) ->
         for name, network in networks.items():
             found = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in network.parameters()]
             assert all(found) if name == turn.player else not any(found), name
+
+
+TARGETS = {"point_denoiser": ["first", "last"], "unet": ["conv1", "modulate", "last"]}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_student_and_fake_score_may_be_adapters_on_one_teacher(kind: str, tmp_path: Path) -> None:
+    shape, config = (2,), {"dim": 2, "hidden": [16, 16]}
+    if kind == "unet":
+        shape, config = (1, 8, 8), {"height": 8, "width": 8, "features": [8, 16]}  # type: ignore[assignment]
+    plain = NetworkSpec(type=kind, config=config)
+    teacher = build("teacher", plain)
+    for parameter in teacher.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    spec = plain.model_copy(update={"adapter": AdapterSpec(r=4, targets=TARGETS[kind])})
+    networks = {n: build(n, spec, deepcopy(teacher)) for n in ("student", "fake_score")}
+    networks["teacher"] = teacher.requires_grad_(False)
+    game = objective()
+    game._exact = False  # the teacher is a network like the student
+    game._signature = Signature(reading=Reading(), space="point" if len(shape) == 1 else "image", shape=shape)
+    for turn in game.turns:
+        for name, network in networks.items():
+            for key, parameter in network.named_parameters():
+                parameter.requires_grad_(name == turn.player and "lora_" in key)
+        terms = game.loss(turn, networks, batch(6))
+        sum(term.sum for term in terms.values()).backward()  # type: ignore[union-attr]
+        for key, parameter in networks[turn.player].named_parameters():
+            assert (parameter.grad is not None) == ("lora_" in key)
+            if parameter.grad is not None:
+                parameter.data -= 0.1 * parameter.grad.sign()
+    z, t = torch.randn(3, *shape), torch.rand(3)
+    for name in ("student", "fake_score"):
+        save(networks[name], spec, tmp_path / name)
+        assert {p.name for p in (tmp_path / name).iterdir() if p.suffix == ".safetensors"} == {
+            "adapter_model.safetensors"
+        }
+        again = build(name, spec, deepcopy(teacher), tmp_path / name)
+        torch.testing.assert_close(again(z, t), networks[name](z, t))
+        assert (again(z, t) - teacher(z, t)).abs().max() > 1e-4
 
 
 # --- judgement --------------------------------------------------------------------------------------------------------
