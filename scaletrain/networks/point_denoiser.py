@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import final
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -19,13 +20,14 @@ class Config(Conditioned):
     """Coordinates of a point: those of the data."""
     hidden: list[int] = Field([256, 256, 256], min_length=1)
     """Width of each hidden layer."""
+    detail: float = Field(1.0, gt=0)
+    """Factor of the first layer's weights at the start. With 3 or so, what changes fast with z is learnt sooner."""
 
 
-@final
-class PointDenoiser(nn.Module):
-    """z (B, D), t (B,) about 0 to 1 -> a prediction (B, D); 0 at the start."""
+class TimedPerceptron(nn.Module):
+    """z (B, D), t (B,) about 0 to 1 -> (B, outputs)."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, outputs: int):
         super().__init__()
         self.settings = config
         self.waves = Waves(config.fastest)
@@ -33,9 +35,10 @@ class PointDenoiser(nn.Module):
         self.times = nn.Linear(2 * len(self.waves.frequencies), config.hidden[0])
         self.conditions = Conditions(config, config.hidden[0])
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(config.hidden))
-        self.last = nn.Linear(config.hidden[-1], config.dim)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.last = nn.Linear(config.hidden[-1], outputs)
+        with torch.no_grad():
+            for parameter in self.first.parameters():
+                parameter.mul_(config.detail)
 
     def forward(
         self,
@@ -51,6 +54,16 @@ class PointDenoiser(nn.Module):
         for layer in self.layers:
             h = F.silu(layer(h))
         return self.last(h)
+
+
+@final
+class PointDenoiser(TimedPerceptron):
+    """z (B, D), t (B,) about 0 to 1 -> a prediction (B, D); 0 at the start."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.dim)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
 
 def build(config: Config) -> nn.Module:
