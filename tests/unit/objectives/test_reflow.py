@@ -112,7 +112,7 @@ def test_pairs_are_solutions_of_the_teacher_s_flow() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_pairs_of_a_guided_teacher_that_is_told_classes(scale: float) -> None:
-    options = {"solver": "heun", "teacher_steps": 256, "condition": "label", "guidance": scale}
+    options: dict[str, Any] = {"solver": "heun", "teacher_steps": 256, "condition": "label", "guidance": scale}
     batch = all_of(made(objective(**options), 40)[0])
     assert len(batch["label"].unique()) == 8
     centres = ring()[batch["label"].numpy()]
