@@ -15,7 +15,7 @@ import torch
 
 from scaletrain.data.cache import content_key
 from scaletrain.data.dataset import Dataset, Example
-from scaletrain.data.kept import Kept
+from scaletrain.data.kept import Arrays, Kept
 from scaletrain.data.order import Int
 from scaletrain.data.text import LanguageDataset
 
@@ -62,7 +62,7 @@ class TopK:
         lengths: learned places of each example.
         """
         ids, logs = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
-        arrays: dict[str, npt.NDArray[Any]] = {
+        arrays: Arrays = {
             "ids": ids.astype(np.uint16 if ids.max(initial=0) < 1 << 16 else np.int32),
             "logs": logs.astype(np.float16),
             "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),

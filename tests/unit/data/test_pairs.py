@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -134,9 +135,10 @@ def test_what_was_removed_or_damaged_since_is_refused() -> None:
 
 
 def test_half_precision_is_kept_in_half_the_space() -> None:
-    sizes = []
-    for stored in ("float32", "float16"):
-        pairs = Pairs(4000, (8,), 5, None, 500, stored, "x")  # type: ignore[arg-type]
+    sizes: list[int] = []
+    kinds: tuple[Literal["float32"], Literal["float16"]] = ("float32", "float16")
+    for stored in kinds:
+        pairs = Pairs(4000, (8,), 5, None, 500, stored, "x")
         for part in pairs.missing():
             pairs.write(part, lambda given: 3 * given["noise"])
         found = pairs.take(np.arange(100))
