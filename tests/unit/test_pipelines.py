@@ -20,14 +20,14 @@ from scaletrain.diffusion.path import Discrete, Flow
 from scaletrain.diffusion.pipelines import Pipeline, Plan, reading_of, scheduler_of
 from scaletrain.diffusion.solvers import sample
 from scaletrain.errors import UserError
+from scaletrain.export import pipeline as exporting
+from scaletrain.export import plain_pipeline as plain
+from scaletrain.networks import diffusers_model as networks
 from scaletrain.networks.build import build, outline, save
 from scaletrain.recipe import load
 from tests.unit.diffusers_pipelines import COUNT, FAMILIES, SIDE, TOKENS, saved, texts
 
 diffusers = pytest.importorskip("diffusers")
-exporting = pytest.importorskip("scaletrain.export.pipeline")
-plain = pytest.importorskip("scaletrain.export.plain_pipeline")
-networks = pytest.importorskip("scaletrain.networks.diffusers_model")
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 4
