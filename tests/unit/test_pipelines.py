@@ -75,7 +75,7 @@ def test_samples_are_those_of_the_pipeline_itself(family: str, guidance: float, 
     noise = torch.randn(COUNT, *plan.signature.shape, generator=torch.Generator().manual_seed(0))
     told = told_of(plan, family)
     denoiser, inputs = Denoiser(network, plan.signature.reading).given(**told), exporting._inputs(plan, noise, told)
-    options = exporting._options(plan, {}) | {"guidance_scale": guidance}
+    options = exporting._options(plan, {}) | {"guidance_scale": guidance, "negative_prompt": None}
     if guidance > 1 and plan.signature.guidance:
         denoiser = denoiser.given(guidance=torch.tensor(guidance))
     elif guidance > 1 and plan.signature.dropped:
