@@ -233,6 +233,10 @@ class Discrete(Path):
         """Return the step, 0 to T − 1."""
         return t * len(self.alphas_cumprod) - 1
 
+    def start(self, noise: Tensor) -> Tensor:
+        """Return noise as it is (Ho et al., 2020, algorithm 2): at the last step, data and noise make unit variance."""
+        return noise
+
     def grid(self, steps: int) -> list[float]:
         """Return the times of whole steps, as evenly as they go, from the last on (Lin et al., 2024, "trailing")."""
         count = len(self.alphas_cumprod)

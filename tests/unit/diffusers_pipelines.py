@@ -167,6 +167,9 @@ def saved(family: str, folder: Path) -> Any:
     """Write a pipeline of a family, drawn from one seed, whose weights all differ from 0; returns it."""
     torch.manual_seed(0)
     pipe = FAMILIES[family]()
+    for part in pipe.components.values():  # as they are when they are loaded: in training, DiT drops classes
+        if isinstance(part, torch.nn.Module):
+            part.eval()
     denoiser = pipe.components.get("unet") or pipe.transformer
     for parameter in denoiser.parameters():  # the last layers of some begin at 0
         with torch.no_grad():

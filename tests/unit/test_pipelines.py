@@ -20,14 +20,14 @@ from scaletrain.diffusion.path import Discrete, Flow
 from scaletrain.diffusion.pipelines import Pipeline, Plan, reading_of, scheduler_of
 from scaletrain.diffusion.solvers import sample
 from scaletrain.errors import UserError
+from scaletrain.export import pipeline as exporting
+from scaletrain.export import plain_pipeline as plain
+from scaletrain.networks import diffusers_model as networks
 from scaletrain.networks.build import build, outline, save
 from scaletrain.recipe import load
 from tests.unit.diffusers_pipelines import COUNT, FAMILIES, SIDE, TOKENS, saved, texts
 
 diffusers = pytest.importorskip("diffusers")
-exporting = pytest.importorskip("scaletrain.export.pipeline")
-plain = pytest.importorskip("scaletrain.export.plain_pipeline")
-networks = pytest.importorskip("scaletrain.networks.diffusers_model")
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 4
@@ -75,7 +75,7 @@ def test_samples_are_those_of_the_pipeline_itself(family: str, guidance: float, 
     noise = torch.randn(COUNT, *plan.signature.shape, generator=torch.Generator().manual_seed(0))
     told = told_of(plan, family)
     denoiser, inputs = Denoiser(network, plan.signature.reading).given(**told), exporting._inputs(plan, noise, told)
-    options = exporting._options(plan, {}) | {"guidance_scale": guidance}
+    options = exporting._options(plan, {}) | {"guidance_scale": guidance, "negative_prompt": None}
     if guidance > 1 and plan.signature.guidance:
         denoiser = denoiser.given(guidance=torch.tensor(guidance))
     elif guidance > 1 and plan.signature.dropped:
