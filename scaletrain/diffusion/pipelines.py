@@ -84,8 +84,9 @@ class Pipeline:
         channels, side = config["in_channels"], config.get("sample_size")
         if config["_class_name"] == "FluxTransformer2DModel":  # its files name no size: that of 1024 pixels
             channels, side = channels // 4, 128
-        own: tuple[int, ...] = tuple(side) if isinstance(side, list) else (side, side)
+        own = tuple(side) if isinstance(side, list) else (side, side)
         sides = sides or own
+        assert sides is not None
         shape = (channels, *sides)
         reading = reading_of(self.part("scheduler"), tokens=_tokens(config, shape))
         if reading is None:
