@@ -285,7 +285,10 @@ class Objective(base.Objective[C], Generic[C]):
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return the trained network and its teacher, if it has one."""
-        tells = (*self.tells, "guidance") if self.signature.guidance else self.tells
+        student = self.recipe.networks.get(self.trained, NetworkSpec())
+        # What goes on from a network that is told it has a place for it.
+        has = (student.source or student.path) and self._teacher is not None and self._teacher.guidance
+        tells = (*self.tells, "guidance") if self.signature.guidance and not has else self.tells
         found = {self.trained: self.denoiser_spec(self.trained, tells)}
         if "teacher" in self.recipe.networks:
             found["teacher"] = self.recipe.networks["teacher"].model_copy(update={"frozen": True})
@@ -332,10 +335,10 @@ class Objective(base.Objective[C], Generic[C]):
 
     def require_guidable(self, key: str = "guidance") -> None:
         """Raise UserError where whoever is guided was not trained both with a condition and without."""
-        signature = self._teacher or self.signature
+        known = self._teacher if self.needs_teacher else self.signature
         if self.signature.condition is None:
             raise UserError(f"objective.{key}: there is no condition to be guided by; set objective.condition=label.")
-        if not self._exact and not signature.dropped and not signature.guidance:
+        if not self._exact and not (known and (known.dropped or known.guidance)):
             who = "the teacher" if self.needs_teacher else "the network"
             raise UserError(
                 f"objective.{key}: {who} is not trained without its condition, so that it cannot be guided; train it "
@@ -345,7 +348,8 @@ class Objective(base.Objective[C], Generic[C]):
     def guided(self, denoiser: Denoiser, scale: float | Tensor | None = None) -> Denoiser:
         """Guide a denoiser by what it is told, or tell it the scale; by default, the recipe's."""
         scale = self.config.guidance if scale is None else scale
-        if (self._teacher or self.signature).guidance:
+        known = self._teacher if self.needs_teacher else self.signature
+        if known is not None and known.guidance:
             return denoiser.given(guidance=torch.as_tensor(scale))
         return denoiser.under(Guidance(scale, self.null()))
 
@@ -418,8 +422,13 @@ class Objective(base.Objective[C], Generic[C]):
     """Of a sample, by default."""
 
     def sampler(self, network: nn.Module) -> Sampler:
-        """Return how samples are drawn from the trained network: by default, by the solver along its path."""
-        return self.solve_with(self.denoiser(network))
+        """Return how samples are drawn from the trained network: by default, by the solver along its path.
+
+        A network that learns from no teacher is guided itself.
+        """
+        denoiser = self.denoiser(network)
+        alone = not self.needs_teacher and self.config.guidance != 1
+        return self.solve_with(self.guided(denoiser) if alone else denoiser)
 
     def solve_with(self, denoiser: Denoiser) -> Sampler:
         """Return what the recipe's solver makes of noise by a denoiser."""

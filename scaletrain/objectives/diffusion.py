@@ -10,7 +10,6 @@ from typing import ClassVar, final
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from scaletrain.config import Recipe
 from scaletrain.data.sources import Rows
@@ -18,7 +17,6 @@ from scaletrain.diffusion.pairing import optimal_pairs
 from scaletrain.diffusion.path import beside
 from scaletrain.diffusion.times import Times, Uniform
 from scaletrain.errors import UserError
-from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _denoising
 from scaletrain.objectives.base import Networks
 from scaletrain.player import Batch, Term, Turn
@@ -61,11 +59,6 @@ class Objective(_denoising.Objective[Config]):
         self._signature = self.signature.model_copy(update={"dropped": self.config.dropped > 0})
         if self.config.guidance != 1:
             self.require_guidable()
-
-    def sampler(self, network: nn.Module) -> Sampler:
-        """Return how samples are drawn: by the solver, guided as the recipe says."""
-        denoiser = self.denoiser(network)
-        return self.solve_with(self.guided(denoiser) if self.config.guidance != 1 else denoiser)
 
     def loss(self, turn: Turn, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the weighted squared error at times that are spread over the path."""

@@ -103,6 +103,8 @@ def test_grids_are_those_of_the_papers() -> None:
 def test_samplers_begin_with_the_noise_of_the_last_time(path: Path) -> None:
     noise = torch.randn(5, 3, 4, 4)
     expected = path.noisy(torch.zeros_like(noise), noise, torch.full((5,), path.last))
+    if isinstance(path, Discrete):  # as the library begins, whose last step still has a little signal
+        expected = noise
     torch.testing.assert_close(path.start(noise), expected)
 
 

@@ -40,7 +40,7 @@ def networks(objective: Any, seed: int = 0, width: int = 64, noisy: bool = False
     torch.manual_seed(seed)
     student = PointDenoiser(
         Config(dim=2, hidden=[width, width], fastest=10, classes=8 if objective.signature.condition else 0)
-        if not objective.tells
+        if not objective.signature.guidance
         else Config(dim=2, hidden=[width, width], classes=8, guidance=True)
     )
     if noisy:

@@ -36,6 +36,8 @@ def differences(student: Denoiser, z: Tensor, t: Tensor, slope: Tensor, h: float
 @pytest.mark.parametrize("path", ["trig", "cosine", "edm", "flow"])
 @pytest.mark.parametrize("kind", ["edm", "v", "eps", "velocity"])
 def test_tangent_is_the_slope_by_finite_differences(path: str, kind: str) -> None:
+    if kind == "eps" and path in ("trig", "flow"):
+        pytest.skip("it is refused: at the last time there is no signal")
     objective = made({"type": "scm", "path": path, "prediction": kind}, GAUSSIAN)
     nets = networks(objective, noisy=True)
     student = objective.denoiser(nets["student"].double()).along(objective.flow)
