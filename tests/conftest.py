@@ -20,6 +20,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     del os.environ["SCALETRAIN_CACHE"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks of groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot do; with several workers, keep tests of several processes in one
     of them, and each file of unit tests.

@@ -205,6 +205,16 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             "networks.teacher={type: mixture}",
             "stages.straight.networks.student={type: point_denoiser, config: {hidden: [8, 8]}}",
         ],
+        **{
+            f"diffusion/{name}": [
+                "data.train.rows=200",
+                "train.global_batch=8",
+                "evaluate.samples=4",
+                "objective.steps=2",
+                "networks.model.config={features: [8, 16], middle: 1}",
+            ]
+            for name in ("ddpm", "edm", "flow")
+        },
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [
             "data.train=sklearn:digits",
