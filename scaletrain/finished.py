@@ -129,7 +129,7 @@ def sample(folder: Path, count: int, prompts: tuple[str, ...] = (), seed: int | 
     generator = torch.Generator(device).manual_seed(key_of(key, "samples"))
     with torch.no_grad():
         networks = run.networks(device)
-        torch.manual_seed(key_of(key, "samples"))
+        torch.manual_seed(key_of(key, "draws"))  # of what samplers draw beside the noise that they begin with
         samples = run.objective.sample(networks, Request(count, generator, prompts, options))
     if samples is None:
         raise UserError(f"`{run.stage.recipe.objective.type}` has nothing to sample; try `scaletrain evaluate`.")

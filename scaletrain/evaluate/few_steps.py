@@ -39,9 +39,9 @@ def compare(
     table: dict[str, Any] = {"floor": judge.floor(), "student": {}, "teacher": {}}
 
     def take(who: str, sampler: Sampler, steps: int) -> None:
-        begun = time.perf_counter()
+        begun = _now(noise)
         made[who][steps] = samples = sampler(noise, steps, told)
-        rate = len(noise) / (time.perf_counter() - begun)
+        rate = len(noise) / (_now(noise) - begun)
         table[who][str(steps)] = judge.figures(samples, told) | {"per_second": rate}
 
     for n in sorted({*also, teacher_steps}):
@@ -53,6 +53,13 @@ def compare(
         table[who][str(n)]["rmse_to_teacher"] = _rmse(made[who][n], target)
     text = _text(table, judge, len(noise))
     return Report(text=text, files={"steps.json": table}, pictures=_pictures(made, teacher_steps, shown))
+
+
+def _now(like: Tensor) -> float:
+    """Return the time, once the device has done what it was given."""
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
 
 
 def _rmse(samples: Tensor, target: Tensor) -> float:

@@ -132,8 +132,10 @@ class Encoder:
         if attention_mask is None:
             lengths = np.full(count, width)
         else:
-            real = attention_mask[:, 0, 0]
-            lengths = real.sum(1).cpu().numpy()
+            real = attention_mask[:, 0, 0].cpu().numpy()
+            if not real[:, 0].all() or (real[:, 1:] > real[:, :-1]).any():  # padded at the left, or in between
+                return super().forward(hidden_states, attention_mask, **kwargs)  # type: ignore[misc]
+            lengths = real.sum(1)
             flat = Moved.apply(flat, *_places(lengths, width, flat.device))
         layers: Any = cast(Any, self).layer
         grids = Grids.of(lengths, layers[0].attention.self.num_attention_heads, flat)
@@ -241,7 +243,8 @@ class Grids:
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scale: float) -> Tensor:
     """Return softmax(scale q kᵀ + mask) v. On a CPU, torch's own has no fused kernel with dropout."""
     if not dropout or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
+        # With a dimension before, which the fused kernels want.
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], mask[None], dropout, scale=scale)[0]
     scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
     return torch.bmm(dropped(scores.softmax(-1), dropout), v)
 

@@ -65,6 +65,12 @@ def grown(name: str, base: nn.Module, spec: NetworkSpec) -> nn.Module:
     settings = getattr(base, "settings", None)
     if not spec.config or settings is None:
         return base
+    told = {"classes", "guidance", "target"}
+    if other := [k for k, v in spec.config.items() if k not in told and getattr(settings, k, v) != v]:
+        raise UserError(
+            f"networks.{name}.config.{other[0]} is {spec.config[other[0]]!r}, and the network that it goes on from has "
+            f"{getattr(settings, other[0])!r}: leave it out."
+        )
     factory = importlib.import_module(type(base).__module__)
     wanted = {**settings.model_dump(), **spec.config}
     if wanted == settings.model_dump():

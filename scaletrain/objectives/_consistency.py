@@ -77,7 +77,7 @@ class Sampled(_denoising.Objective[S], Generic[S]):
 
     def sampler(self, network: nn.Module) -> Sampler:
         """Sample as consistency models do."""
-        return sampler(self.denoiser(network).along(self.flow), self.config.highest, self.config.fresh)
+        return sampler(self.drawing(network).along(self.flow), self.config.highest, self.config.fresh)
 
     def after_update(self, player: Player, networks: Networks) -> None:
         """Count."""

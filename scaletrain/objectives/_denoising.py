@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.classes import Classes
-from scaletrain.data.dataset import Dataset, TensorDataset
+from scaletrain.data.dataset import Dataset
 from scaletrain.data.images import ImageOptions
+from scaletrain.data.order import key_of
 from scaletrain.data.points import arrays, draws, points
 from scaletrain.data.sources import Rows
 from scaletrain.data.stream import Stream
@@ -64,6 +65,8 @@ class Config(ImageOptions):
     """Of samples and, where it distils, of the teacher."""
     guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance (Ho & Salimans, 2021) of samples and, where it distils, of the teacher; 1 is none."""
+    guidance_interval: tuple[float, float] | None = Field(None, strict=False)
+    """Guide between these times of the path only (Kynkäänniemi et al., 2024)."""
     compare_at: list[int] = Field([1, 2, 4, 8], min_length=1)
     """Steps at which the table of a run has the teacher too, besides its own."""
     compare_samples: int | None = Field(None, ge=64)
@@ -143,7 +146,11 @@ class Objective(base.Objective[C], Generic[C]):
         config, before = self.config, self._teacher or self._signature
         condition = config.condition or (before.condition if before else None)
         space = self._space(train)
-        if "label" in train.columns and self._classes is None and (condition or self._source is None):
+        if (
+            "label" in train.columns
+            and self._classes is None
+            and (condition or (self.needs_teacher and not self._source))
+        ):
             self._classes = Classes.find(train, "label", (before.classes or None) if before else None)
         if condition == "label" and self._classes is None and self._source is None:
             train.require("label", "the class that the network is told")
@@ -163,7 +170,13 @@ class Objective(base.Objective[C], Generic[C]):
                 )
         if condition == "text":
             self._read_texts(train, before)
-        reading = self._reading(found)
+        own, reading = self._signature, self._reading(found)
+        if own is not None and (own.reading.path, own.reading.prediction) != (reading.path, reading.prediction):
+            raise UserError(
+                f"networks.{self.trained} goes on from a network that predicts `{own.reading.prediction}` on the path "
+                f"`{own.reading.path.type}`, and this recipe reads it as `{reading.prediction}` on "
+                f"`{reading.path.type}`: leave objective.prediction and objective.path out."
+            )
         scales = self.scales or (before.guidance if before else None)
         self._signature = Signature(
             reading=reading,
@@ -313,6 +326,10 @@ class Objective(base.Objective[C], Generic[C]):
 
     def denoiser(self, network: Callable[..., Tensor]) -> Denoiser:
         """Read a network as the trained one is."""
+        return Denoiser(network, self.signature.reading)
+
+    def drawing(self, network: Callable[..., Tensor]) -> Denoiser:
+        """Read it so to draw samples, which the recipe may clip; what is clipped has no gradient."""
         return Denoiser(network, self.signature.reading, self.config.clip)
 
     def teacher(self, networks: Networks, batch: Mapping[str, Tensor] | None = None) -> Denoiser:
@@ -351,7 +368,8 @@ class Objective(base.Objective[C], Generic[C]):
         known = self._teacher if self.needs_teacher else self.signature
         if known is not None and known.guidance:
             return denoiser.given(guidance=torch.as_tensor(scale))
-        return denoiser.under(Guidance(scale, self.null()))
+        low, high = self.config.guidance_interval or (-torch.inf, torch.inf)
+        return denoiser.under(Guidance(scale, self.null(), low, high))
 
     def null(self) -> Mapping[str, Tensor]:
         """Return what stands for no condition, by name, () or (...) each."""
@@ -426,7 +444,7 @@ class Objective(base.Objective[C], Generic[C]):
 
         A network that learns from no teacher is guided itself.
         """
-        denoiser = self.denoiser(network)
+        denoiser = self.drawing(network)
         alone = not self.needs_teacher and self.config.guidance != 1
         return self.solve_with(self.guided(denoiser) if alone else denoiser)
 
@@ -510,8 +528,8 @@ class Objective(base.Objective[C], Generic[C]):
         generator = torch.Generator(view.device).manual_seed(view.seed)
         noise = torch.randn(count, *shape, generator=generator, device=view.device)
         told = self.conditions(noise)
-        torch.manual_seed(view.seed)
-        wrap = _in_parts(self.signature.space == "image")
+        size = _BATCH if self.signature.space == "point" else self.recipe.evaluation_batch
+        wrap = _in_parts(self.signature.space == "image", size, key_of(view.seed, "draws"))
         by_steps = {n: wrap(sampler) for n, sampler in students.items()}
         return compare(wrap(teacher), own, by_steps, self.config.compare_at, noise, told, judge, self.shown)
 
@@ -525,14 +543,18 @@ class Objective(base.Objective[C], Generic[C]):
         return PictureJudge(*((train, held) if train else held.halves()))
 
 
-def _in_parts(pictures: bool) -> Callable[[Sampler], Sampler]:
-    """Have a sampler take some samples at a time; pictures end in [-1, 1]."""
+def _in_parts(pictures: bool, size: int, seed: int) -> Callable[[Sampler], Sampler]:
+    """Have a sampler take some samples at a time; pictures end in [-1, 1].
+
+    seed: of what it draws itself: the same for all samplers, and not that of the noise that they begin with.
+    """
 
     def wrap(sampler: Sampler) -> Sampler:
         def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
+            torch.manual_seed(seed)
             parts = [
-                sampler(part, steps, {k: v[i * _BATCH :][: len(part)] for k, v in told.items()})
-                for i, part in enumerate(noise.split(_BATCH))
+                sampler(part, steps, {k: v[i * size :][: len(part)] for k, v in told.items()})
+                for i, part in enumerate(noise.split(size))
             ]
             return torch.cat(parts).clamp(-1, 1) if pictures else torch.cat(parts)
 
@@ -545,5 +567,6 @@ def _real(dataset: Dataset | Stream, space: Space, device: torch.device) -> Real
     """Return some samples of the data; None where rows hold nothing."""
     assert isinstance(dataset, Dataset)  # one sample a row
     count = min(len(dataset), 10_000)
-    batch = dataset.batch(range(count), np.arange(count, dtype=np.uint64))
+    spread = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()  # files may stand class by class
+    batch = dataset.batch(spread, np.arange(count, dtype=np.uint64))
     return Real(batch[space].to(device), batch.get("label")) if space in batch else None

@@ -58,6 +58,10 @@ class Objective(_denoising.Objective[C], Generic[C]):
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find what is denoised, and that there are data for a critic. Raises UserError."""
         super().prepare(train, eval)
+        if self.signature.guidance or (self.signature.condition == "text" and self.criticised):
+            raise UserError(
+                f"{self.recipe.objective.type}: networks can be told no scale of guidance, and a critic no texts."
+            )
         if self.criticised and self._source is None and "draw" in train.columns:
             raise UserError("data.train=noise:N has nothing real to show to the critic: give data.")
 
@@ -83,7 +87,7 @@ class Objective(_denoising.Objective[C], Generic[C]):
 
     def sampler(self, network: nn.Module) -> Sampler:
         """Return how samples are drawn from the student."""
-        denoiser = self.denoiser(network)
+        denoiser = self.drawing(network)
         return lambda noise, steps, told: sample(denoiser.given(**told), noise, steps, "renoise")
 
     def samplers(self, view: RunView, stage: str) -> dict[int, Sampler]:

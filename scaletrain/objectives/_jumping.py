@@ -62,6 +62,8 @@ class Objective(_denoising.Objective[C], Generic[C]):
         self.needs_teacher = config.learn == "teacher" or "teacher" in recipe.networks
         super().__init__(config, recipe)
         self.steps = config.steps
+        if config.learn == "data" and config.guidance != 1:
+            raise UserError("objective.guidance: data are not guided; set objective.learn=teacher, or leave it out.")
 
     @abstractmethod
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:

@@ -95,7 +95,7 @@ class Objective(_jumping.Objective[Config]):
 
     def sampler(self, network: nn.Module) -> Sampler:
         """Return the student's jumps over the path's grid, with noise between them under `gamma`."""
-        student = self.denoiser(network)
+        student = self.drawing(network)
 
         def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
             return travel(student.given(**told), ddim_jump, noise, steps, self.config.gamma)

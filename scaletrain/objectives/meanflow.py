@@ -64,7 +64,7 @@ class Objective(_jumping.Objective[Config]):
 
     def sampler(self, network: nn.Module) -> Sampler:
         """Return the student's jumps over the path's grid."""
-        student = self.denoiser(network)
+        student = self.drawing(network)
 
         def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
             return travel(student.given(**told), euler_jump, noise, steps)

@@ -39,6 +39,10 @@ class Objective(_denoising.Objective[Config]):
     def __init__(self, config: Config, recipe: Recipe):
         super().__init__(config, recipe)
         self.steps, self.teacher_steps = config.steps, config.teacher_steps
+        if config.solver != "ddim":
+            raise UserError(
+                f"objective.solver: steps of DDIM are what is distilled, not of {config.solver}; leave it out."
+            )
         if config.teacher_steps % config.steps or config.teacher_steps == config.steps:
             raise UserError(
                 f"objective.teacher_steps ({config.teacher_steps}) must be 2 or more times objective.steps "

@@ -79,6 +79,8 @@ class Objective(_denoising.Objective[Config]):
         if train.streaming:
             raise UserError("reflow makes a pair for each row by its number; these data stream. Set stream to false.")
         super().prepare(train, eval)
+        if self.signature.guidance or self.signature.condition == "text":
+            raise UserError("reflow: pairs have classes at most; no scale of guidance and no texts can be told.")
         reading = self.signature.reading
         alpha, _ = reading.path.alpha_sigma(torch.tensor(reading.path.last))
         if self.config.one_step and reading.prediction in ("eps", "score") and alpha < _FAINT:

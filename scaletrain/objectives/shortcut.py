@@ -78,7 +78,7 @@ class Objective(_jumping.Objective[Config]):
 
     def sampler(self, network: nn.Module) -> Sampler:
         """Return the student's jumps over the path's grid."""
-        student = self.denoiser(network)
+        student = self.drawing(network)
 
         def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
             size = self.told_size(torch.full((len(noise),), 1 / steps, device=noise.device)).clamp(min=0)
