@@ -65,12 +65,6 @@ def grown(name: str, base: nn.Module, spec: NetworkSpec) -> nn.Module:
     settings = getattr(base, "settings", None)
     if not spec.config or settings is None:
         return base
-    told = {"classes", "guidance", "target"}
-    if other := [k for k, v in spec.config.items() if k not in told and getattr(settings, k, v) != v]:
-        raise UserError(
-            f"networks.{name}.config.{other[0]} is {spec.config[other[0]]!r}, and the network that it goes on from has "
-            f"{getattr(settings, other[0])!r}: leave it out."
-        )
     factory = importlib.import_module(type(base).__module__)
     wanted = {**settings.model_dump(), **spec.config}
     if wanted == settings.model_dump():
@@ -86,6 +80,12 @@ def grown(name: str, base: nn.Module, spec: NetworkSpec) -> nn.Module:
                 f"networks.{name}.config makes another network than the one that it goes on from: `{key}` is {here}, "
                 f"there it is {there}. Leave `config` out, or `from`."
             )
+    told = {"classes", "guidance", "target"}
+    if other := [k for k, v in spec.config.items() if k not in told and getattr(settings, k, v) != v]:
+        raise UserError(
+            f"networks.{name}.config.{other[0]} is {spec.config[other[0]]!r}, and the network that it goes on from has "
+            f"{getattr(settings, other[0])!r}: leave it out."
+        )
     module.load_state_dict(state, strict=False)
     return module
 

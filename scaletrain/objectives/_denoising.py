@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.classes import Classes
-from scaletrain.data.dataset import Dataset
+from scaletrain.data.dataset import Dataset, TensorDataset
 from scaletrain.data.images import ImageOptions
 from scaletrain.data.order import key_of
 from scaletrain.data.points import arrays, draws, points

@@ -17,6 +17,7 @@ from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.jumps import noised
 from scaletrain.diffusion.path import Path
 from scaletrain.diffusion.times import Times, Uniform
+from scaletrain.errors import UserError
 from scaletrain.objectives import _denoising
 from scaletrain.objectives.base import Networks
 from scaletrain.player import Batch, Term, Turn
