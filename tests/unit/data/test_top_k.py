@@ -95,7 +95,7 @@ def samples(seq_len: int, packed: bool = False) -> Samples:
 
 def test_rows_cut_or_packed_in_another_way_are_kept_elsewhere() -> None:
     def kind(dataset: LanguageDataset) -> str:
-        return TopK(dataset, 2, "a teacher")._kind
+        return TopK(dataset, 2, "a teacher")._kept._kind
 
     assert kind(samples(20)) == kind(samples(20))
     assert kind(samples(20)) != kind(samples(30))
