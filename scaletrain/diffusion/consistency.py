@@ -43,7 +43,7 @@ def stops(path: Path, steps: int, highest: float | None) -> list[float]:
     if highest is None or steps == 1:
         return path.grid(steps)[:-1]
     shares = [highest * (steps - i) / (steps - 1) for i in range(1, steps)]
-    return [path.last, *path.time(torch.tensor(shares, dtype=torch.float64)).tolist()]
+    return [path.last, *map(path.time, shares)]
 
 
 def sampler(denoiser: Denoiser, highest: float | None, fresh: bool) -> Draw:

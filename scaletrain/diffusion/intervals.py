@@ -78,7 +78,7 @@ class Near(Strict):
         """Return t and s (count,)."""
         unit = math.log(2 * data_std)
         t = path.time_at(-2 * (self.mean + self.std * normal(count, device) + unit))
-        t = t.clamp(float(path.time(torch.tensor(1e-4))), path.last)
+        t = t.clamp(path.time(1e-4), path.last)
         level = torch.exp(-path.log_snr(t) / 2 - unit)
         stage = min(updates // self.every + 1, self.most)
         ratio = 1 - (1 + self.k * torch.sigmoid(-self.b * level)) / self.q**stage

@@ -10,13 +10,15 @@ import math
 from abc import abstractmethod
 from functools import cached_property
 from itertools import pairwise
-from typing import Annotated, Literal, final
+from typing import Annotated, Literal, TypeVar, final
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from scaletrain.config import Strict
+
+Share = TypeVar("Share", float, Tensor)
 
 
 class Path(Strict):
@@ -68,14 +70,13 @@ class Path(Strict):
         _, sigma = self.alpha_sigma(torch.tensor(self.last, dtype=noise.dtype, device=noise.device))
         return sigma * noise
 
-    def time(self, share: Tensor) -> Tensor:
+    def time(self, share: Share) -> Share:
         """Return the times at shares of the way from `first` to `last` along which grids are even."""
         return self.first + (self.last - self.first) * share
 
     def grid(self, steps: int) -> list[float]:
         """Return the times of a sampler of so many steps, `last` to `first`: steps + 1, evenly spaced."""
-        found: list[float] = self.time(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).tolist()
-        return found
+        return [self.time((steps - i) / steps) for i in range(steps + 1)]
 
 
 def beside(values: Tensor, like: Tensor) -> Tensor:
@@ -278,7 +279,7 @@ class EDM(Path):
         """Return ln(σ) / 4 (Karras et al., 2022, table 1)."""
         return t.log() / 4
 
-    def time(self, share: Tensor) -> Tensor:
+    def time(self, share: Share) -> Share:
         """Return times evenly spaced in σ^(1/ρ) (Karras et al., 2022, equation 5)."""
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         return (low + (high - low) * share) ** self.rho
@@ -308,7 +309,7 @@ class Flow(Path):
         """Return σ / (α + σ)."""
         return torch.sigmoid(-log_snr / 2)
 
-    def time(self, share: Tensor) -> Tensor:
+    def time(self, share: Share) -> Share:
         """Return times evenly spaced and then shifted."""
         return self.shift * share / (1 + (self.shift - 1) * share)
 
