@@ -210,6 +210,9 @@ def report_on(folder: Path, device: torch.device) -> Report | None:
             found = build(name, spec, shelf.base(spec))
         else:
             found = shelf.stage(stage, name)
+        return at_rest(found)
+
+    def at_rest(found: torch.nn.Module) -> torch.nn.Module:
         return found.to(device).eval().requires_grad_(False)
 
     view = RunView(
@@ -220,6 +223,7 @@ def report_on(folder: Path, device: torch.device) -> Report | None:
         seed=recipe.seed,
         network=network,
         objective=opened,
+        other=lambda source: at_rest(shelf.other(source)),
     )
     with torch.no_grad():
         report = objective.report(view)

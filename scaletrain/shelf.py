@@ -39,13 +39,15 @@ class Shelf:
 
     def base(self, spec: NetworkSpec) -> nn.Module | None:
         """Load the network that `from` names, if it names one: `stage:NAME/NETWORK` or `run:FOLDER/NETWORK`."""
-        if spec.source is None:
-            return None
-        kind, _, rest = spec.source.partition(":")
+        return None if spec.source is None else self.other(spec.source)
+
+    def other(self, source: str) -> nn.Module:
+        """Load the network that a `from` names."""
+        kind, _, rest = source.partition(":")
         place, _, network = rest.rpartition("/")
         if kind == "stage":
             return self.stage(place, network)
-        return Shelf(Path(place)).open(self._newest(Path(place), spec.source), network)
+        return Shelf(Path(place)).open(self._newest(Path(place), source), network)
 
     def outline(self, name: str, spec: NetworkSpec) -> nn.Module:
         """Build a network without its weights, as those that it continues from have it (see `networks.build`)."""

@@ -36,6 +36,22 @@ def energy_distance(x: Tensor, y: Tensor, unbiased: bool = True) -> float:
     return 2 * mean_distance(x, y) - sum(within)
 
 
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Return |μ − ν|² + tr(S + T − 2 (S T)^½) of the means and covariances of x (N, D) and y (M, D), in fp64.
+
+    That is the squared distance of the two Gaussians (Dowson & Landau, 1982; Heusel et al., 2017, equation 6). It is
+    biased: two sets of one distribution are further apart the fewer samples they have. Raises ValueError for sets of
+    different widths, or of fewer than two samples.
+    """
+    if x.dim() != 2 or x.shape[1:] != y.shape[1:] or min(len(x), len(y)) < 2:
+        raise ValueError(f"two sets (N, D) of at least two samples each, not {x.shape} and {y.shape}")
+    (mu, s), (nu, t) = ((z.mean(0), torch.atleast_2d(torch.cov(z.T))) for z in (x.double(), y.double()))
+    values, vectors = torch.linalg.eigh(s)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    both = torch.linalg.eigvalsh(root @ t @ root).clamp(min=0).sqrt().sum()  # (S T)^½ has the eigenvalues of this
+    return float((mu - nu).square().sum() + s.trace() + t.trace() - 2 * both)
+
+
 def energy_scores(x: Tensor, made: Tensor) -> Tensor:
     """Return the sum, over held-out samples x (N, D), of E|x − g| − E|g − g'| / 2 over made ones g (M, D), M ≥ 2.
 

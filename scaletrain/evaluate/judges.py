@@ -9,9 +9,9 @@ from typing import Protocol, final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from scaletrain.evaluate.distances import energy_distance
+from scaletrain.evaluate.distances import energy_distance, frechet_distance
 from scaletrain.networks.mixture import Mixture
 
 Figures = dict[str, float]
@@ -95,32 +95,79 @@ class PictureJudge:
     """Judges pictures, or what else is one array, by held-out ones.
 
     energy_distance: to the held-out samples, unbiased, on values in [-1, 1]; its floor is what the training samples
-    score. confident, smallest_class: by a `Judge` of the training samples, where they have labels.
+    score. By a classifier, or, where there is none and the training samples have labels, by a `Judge` of those:
+    confident, the share of pictures that it is more than 90% sure of; entropy, of the classes that it takes them for,
+    in nats. frechet: of what the classifier sees in them; its floor is what `count` training samples score, since it is
+    the greater the fewer there are.
     """
 
-    about = "real: energy distance between training and held-out."
+    about = "real: held-out samples, and the distance of training ones to them."
 
-    def __init__(self, train: Real, held: Real):
-        self._train, self._held = train, held
-        self._judge = None if train.labels is None else Judge(train.samples, train.labels)
+    def __init__(self, train: Real, held: Real, classifier: Classifier | None = None, count: int = 2048):
+        self._train, self._held, self._classifier = train, held, classifier
+        self._some = train.samples[:: max(1, len(train.samples) // count)][:count]
+        self._judge = classifier or (None if train.labels is None else Judge(train.samples, train.labels))
+        self._seen = classifier.features(held.samples) if classifier else None
         self.columns: Mapping[str, tuple[str, str]] = {"energy_distance": ("energy distance", "{:.4f}")}
+        if classifier:
+            self.columns |= {"frechet": ("Fréchet distance", "{:.2f}")}
         if self._judge:
-            self.columns |= {
-                "confident": ("over 90% sure", "{:.1%}"),
-                "smallest_class": ("smallest class", "{:.1%}"),
-            }
+            self.columns |= {"confident": ("over 90% sure", "{:.1%}"), "entropy": ("class entropy", "{:.3f}")}
 
     def figures(self, made: Tensor, told: Mapping[str, Tensor]) -> Figures:
         """Return the figures of samples (N, ...)."""
-        found = {"energy_distance": energy_distance(made, self._held.samples)}
-        if self._judge:
-            found |= {"confident": self._judge.confident(made), "smallest_class": self._judge.smallest_class(made)}
-        return found
+        return self._distances(made) | self._classes(made)
 
     def floor(self) -> Figures:
         """Judge the held-out samples, and the training ones by them."""
-        held = self.figures(self._held.samples, {})
-        return held | {"energy_distance": energy_distance(self._train.samples, self._held.samples)}
+        energy = energy_distance(self._train.samples, self._held.samples)
+        return self._distances(self._some) | {"energy_distance": energy} | self._classes(self._held.samples)
+
+    def _distances(self, made: Tensor) -> Figures:
+        found = {"energy_distance": energy_distance(made, self._held.samples)}
+        if self._classifier and self._seen is not None:
+            found |= {"frechet": frechet_distance(self._classifier.features(made), self._seen)}
+        return found
+
+    def _classes(self, made: Tensor) -> Figures:
+        if self._judge is None:
+            return {}
+        likely = self._judge.probabilities(made)
+        shares = np.bincount(likely.argmax(1), minlength=likely.shape[1]) / len(likely)
+        entropy = -float(np.sum(shares[shares > 0] * np.log(shares[shares > 0])))
+        return {"confident": float((likely.max(1) > 0.9).mean()), "entropy": entropy}
+
+
+@final
+class Classifier:
+    """A trained network (N, C, H, W) in [-1, 1] -> logits (N, classes): what it says, and what its last linear layer
+    is given. Raises ValueError for a network without one.
+    """
+
+    def __init__(self, network: nn.Module):
+        linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise ValueError(f"{type(network).__name__} has no linear layer")
+        self._network, self._last = network, linear[-1]
+
+    def probabilities(self, images: Tensor) -> npt.NDArray[np.float64]:
+        """Return (N, classes) for pictures (N, C, H, W)."""
+        found: npt.NDArray[np.float64] = self._run(images)[0].softmax(1).cpu().numpy()
+        return found
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return (N, D), fp64, for pictures (N, C, H, W)."""
+        return self._run(images)[1]
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+        hook = self._last.register_forward_pre_hook(lambda _, given: seen.append(given[0].double()))
+        try:
+            logits = torch.cat([self._network(part).double() for part in images.split(1000)])
+        finally:
+            hook.remove()
+        return logits, torch.cat(seen)
 
 
 @final
@@ -144,16 +191,6 @@ class Judge:
         """Return (N, classes) for pictures (N, C, H, W) in [-1, 1]; classes are those of the real pictures."""
         probabilities: npt.NDArray[np.float64] = self._model.predict_proba(_rows(images))
         return probabilities
-
-    def confident(self, images: Tensor, threshold: float = 0.9) -> float:
-        """Return the share of pictures whose most likely class has a probability above `threshold`."""
-        return float((self.probabilities(images).max(1) > threshold).mean())
-
-    def smallest_class(self, images: Tensor) -> float:
-        """Return the share of the class that the fewest pictures are taken for; 0 when one is missing."""
-        probabilities = self.probabilities(images)
-        counts = np.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
-        return float(counts.min() / len(probabilities))
 
 
 def _rows(images: Tensor) -> npt.NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import final
+from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ class Config(Conditioned):
     """Coordinates of a point: those of the data."""
     hidden: list[int] = Field([256, 256, 256], min_length=1)
     """Width of each hidden layer."""
+    activation: Literal["silu", "gelu", "relu"] = "silu"
+    """Of hidden layers. With gelu what jumps from one mode to the next is learnt sooner, with relu the soonest; but
+    that has kinks, which methods that differentiate it do not bear."""
     detail: float = Field(1.0, gt=0)
     """Factor of the first layer's weights at the start. With 3 or so, what changes fast with z is learnt sooner."""
 
@@ -30,6 +33,7 @@ class TimedPerceptron(nn.Module):
     def __init__(self, config: Config, outputs: int):
         super().__init__()
         self.settings = config
+        self.activation = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[config.activation]
         self.waves = Waves(config.fastest)
         self.first = nn.Linear(config.dim, config.hidden[0])
         self.times = nn.Linear(2 * len(self.waves.frequencies), config.hidden[0])
@@ -50,9 +54,9 @@ class TimedPerceptron(nn.Module):
     ) -> Tensor:
         """Apply the network."""
         features = self.conditions(self.times(self.waves(t)), label, guidance, target)
-        h = F.silu(self.first(z) + features)
+        h = self.activation(self.first(z) + features)
         for layer in self.layers:
-            h = F.silu(layer(h))
+            h = self.activation(layer(h))
         return self.last(h)
 
 

@@ -1,7 +1,8 @@
 """A U-Net of residual blocks that are told the time: a denoiser for small pictures (Ho et al., 2020, appendix B).
 
 Differences from there: the time scales and shifts the second norm (Dhariwal & Nichol, 2021, section 3), no attention,
-one skip connection to a level, and resizing without convolutions of its own, for speed.
+one skip connection to a level, and resizing without convolutions of its own, for speed. With `patch` it works on
+squares of pixels (Luhman & Luhman, 2022), which is quicker still.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class Config(Conditioned):
     channels: int = Field(1, ge=1)
     height: int = Field(28, ge=1)
     width: int = Field(28, ge=1)
+    patch: int = Field(1, ge=1)
+    """Pixels of a side of the squares that become one pixel of more channels; the cost falls by its square."""
     features: list[int] = Field([32, 64], min_length=1)
     """Feature maps of each level, multiples of 8; each level after the first has half the height and width."""
     blocks: int = Field(1, ge=1)
@@ -82,22 +85,23 @@ class UNet(nn.Module):
         features, times = config.features, config.time_features
         if any(f < 8 or f % 8 for f in features):
             raise UserError(f"unet: features must be multiples of 8, not {features}")
-        divisor = 2 ** (len(features) - 1)
+        divisor = config.patch * 2 ** (len(features) - 1)
         if config.height % divisor or config.width % divisor:
             raise UserError(
-                f"unet: {len(features)} levels need sides that {divisor} divides, pictures are "
-                f"{config.height}x{config.width}: give fewer `features`, or set `objective.size`"
+                f"unet: {len(features)} levels with `patch` {config.patch} need sides that {divisor} divides, pictures "
+                f"are {config.height}x{config.width}: give fewer `features`, or set `objective.size`"
             )
         self.settings = config
         self.times = Times(config, times)
-        self.first = nn.Conv2d(config.channels, features[0], 3, padding=1)
+        channels = config.channels * config.patch**2
+        self.first = nn.Conv2d(channels, features[0], 3, padding=1)
         self.halve = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(features))
         self.down = nn.ModuleList(Level(f, f, times, config.blocks) for f in features)
         self.middle = Level(features[-1], features[-1], times, config.middle)
         below = [*features[1:], features[-1]]
         self.up = nn.ModuleList(Level(f + b, f, times, config.blocks) for f, b in zip(features, below, strict=True))
         self.norm = nn.GroupNorm(8, features[0])
-        self.last = nn.Conv2d(features[0], config.channels, 3, padding=1)
+        self.last = nn.Conv2d(features[0], channels, 3, padding=1)
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
@@ -111,6 +115,7 @@ class UNet(nn.Module):
     ) -> Tensor:
         """Apply the network. Inside, tensors are channels-last, which convolutions are faster on."""
         times = self.times(t, label=label, guidance=guidance, target=target)
+        z = F.pixel_unshuffle(z, self.settings.patch)
         h = self.first(z.contiguous(memory_format=torch.channels_last))
         levels = []
         for i, level in enumerate(self.down):
@@ -120,7 +125,7 @@ class UNet(nn.Module):
         for i in reversed(range(len(levels))):
             h = self.up[i](torch.cat([h, levels[i]], 1), times)
             h = F.interpolate(h, scale_factor=2.0) if i else h
-        return self.last(F.silu(self.norm(h))).contiguous()
+        return F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.settings.patch).contiguous()
 
 
 class Level(nn.Module):

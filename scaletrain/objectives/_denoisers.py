@@ -35,6 +35,7 @@ from scaletrain.networks import mixture
 from scaletrain.objectives import base
 from scaletrain.objectives.base import Networks, completed
 from scaletrain.player import Batch, Turn
+from scaletrain.shelf import Shelf
 
 _TEXTS = 16  # of the data, by which samples are drawn
 
@@ -66,6 +67,8 @@ class Config(ImageOptions):
     """Steps at which the table of a run has the teacher too, besides its own."""
     compare_samples: int | None = Field(None, ge=64)
     """Samples behind each figure of the table, by default 2,048, and 12,000 of points."""
+    judge: str | None = Field(None, pattern="^run:.+/[^/]+$")
+    """A classifier of pictures that judges samples in the table, `run:FOLDER/NETWORK`."""
 
 
 C = TypeVar("C", bound=Config)
@@ -163,6 +166,7 @@ class Denoisers(base.Objective[C], Generic[C]):
                     f"`latent` has {shape[0]} channels, and the network denoises {before.shape[0]}: these are latents "
                     "of another autoencoder."
                 )
+        self._check_judge(shape)
         if condition == "text":
             self._read_texts(train, before)
         own, reading = self._signature, self._reading(found)
@@ -192,6 +196,15 @@ class Denoisers(base.Objective[C], Generic[C]):
                 f"objective.guidance: {config.guidance:g} is not one of the scales that the network is told, "
                 f"{scales[0]:g} to {scales[1]:g}."
             )
+
+    def _check_judge(self, shape: tuple[int, ...]) -> None:
+        """Raise UserError unless the judge is there and takes samples of this shape."""
+        if self.config.judge is None:
+            return
+        takes = Shelf(Path()).spec(self.config.judge).config
+        own = dict(zip(("channels", "height", "width"), shape, strict=False))
+        if {key: takes.get(key) for key in ("channels", "height", "width")} != own:
+            raise UserError(f"objective.judge: `{self.config.judge}` is for {takes}, and samples have {own}.")
 
     def _read_texts(self, rows: Rows, before: Signature | None) -> None:
         """Take some texts of the data, to draw samples by, and what stands for none. Raises UserError."""

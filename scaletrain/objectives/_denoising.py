@@ -17,7 +17,7 @@ from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.signature import Space
 from scaletrain.diffusion.solvers import sample
 from scaletrain.evaluate.few_steps import Sampler, compare
-from scaletrain.evaluate.judges import Judging, ModesJudge, PictureJudge, Real
+from scaletrain.evaluate.judges import Classifier, Judging, ModesJudge, PictureJudge, Real
 from scaletrain.objectives import _denoisers
 from scaletrain.objectives._denoisers import Config as Config
 from scaletrain.objectives.base import Networks, Report, Request, RunView, Samples
@@ -118,7 +118,7 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
             students |= found.samplers(view, name)
         own = next((o.teacher_steps for o in stages.values() if o.teacher_steps), 64)
         shape = self.signature.shape
-        count = self.config.compare_samples or (12_000 if self._source else 2048)
+        count = self._count
         generator = torch.Generator(view.device).manual_seed(view.seed)
         noise = torch.randn(count, *shape, generator=generator, device=view.device)
         told = self.conditions(noise)
@@ -127,6 +127,10 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
         by_steps = {n: wrap(sampler) for n, sampler in students.items()}
         return compare(wrap(teacher), own, by_steps, self.config.compare_at, noise, told, judge, self.shown)
 
+    @property
+    def _count(self) -> int:
+        return self.config.compare_samples or (12_000 if self._source else 2048)
+
     def _judge(self, view: RunView) -> Judging | None:
         if self._source is not None:
             return ModesJudge(self._source.to(view.device), view.seed)
@@ -134,7 +138,9 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
         train, held = (_real(part, self.signature.space, view.device) if part else None for part in parts)
         if held is None:
             return None
-        return PictureJudge(*((train, held) if train else held.halves()))
+        train, held = (train, held) if train else held.halves()
+        source = self.config.judge
+        return PictureJudge(train, held, Classifier(view.other(source)) if source else None, self._count)
 
 
 def _in_parts(pictures: bool, size: int, seed: int) -> Callable[[Sampler], Sampler]:

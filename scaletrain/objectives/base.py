@@ -91,6 +91,8 @@ class RunView:
     """(stage, network) -> that network as the stage left it, in evaluation mode, without gradients."""
     objective: Callable[[str], Objective[Any]]
     """(stage) -> its objective, restored."""
+    other: Callable[[str], nn.Module]
+    """`run:FOLDER/NETWORK` -> that network of another run, as those of this one."""
 
 
 @dataclass(frozen=True)

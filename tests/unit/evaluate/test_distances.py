@@ -8,7 +8,7 @@ import torch
 from scipy.stats import energy_distance as scipy_distance
 
 from scaletrain.evaluate import distances
-from scaletrain.evaluate.distances import energy_distance
+from scaletrain.evaluate.distances import energy_distance, frechet_distance
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +55,15 @@ def test_sets_must_agree() -> None:
     for shapes in (((5, 2), (5, 3)), ((1, 2), (5, 2))):
         with pytest.raises(ValueError, match="two sets"):
             energy_distance(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+
+
+def test_frechet_distance_of_gaussians_is_its_closed_form_in_one_dimension_and_where_axes_agree() -> None:
+    x, y = torch.randn(4000, 3, dtype=torch.double), torch.randn(3000, 3, dtype=torch.double)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T  # exactly of mean 0, covariance 1
+    y = (y - y.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(y.T))).T
+    scale, shift = torch.tensor([0.5, 2.0, 0.0]), torch.tensor([1.0, 0.0, -2.0])
+    expected = float(((1 - scale) ** 2).sum() + (shift**2).sum())
+    assert frechet_distance(x, y * scale + shift) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(x[:, :1], 3 * y[:, :1]) == pytest.approx(4, rel=1e-6)
+    with pytest.raises(ValueError, match="two sets"):
+        frechet_distance(x, y[:, :2])

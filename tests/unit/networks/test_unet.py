@@ -27,6 +27,7 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
         ((1, 8, 8), {"features": [8, 16, 24]}),
         ((3, 12, 20), {"features": [16, 8, 8], "blocks": 2, "middle": 0}),
         ((2, 5, 7), {"features": [8]}),
+        ((1, 12, 8), {"features": [8, 16], "patch": 2}),
     ],
 )
 def test_any_shape_in_is_the_shape_out(shape: tuple[int, int, int], options: dict[str, object]) -> None:
