@@ -26,7 +26,12 @@ TEACHER = [
 STUDENTS: dict[str, tuple[str, list[str]]] = {
     "consistency": (
         "",
-        ["players.student.optimizer.lr=5e-4", "players.student.ema={decay: 0.99}", "train.duration=900 steps"],
+        [
+            "objective={type: consistency, intervals: {type: even, count: 4, on_grid: 0.6}, solver_steps: 4}",
+            "players.student.optimizer.lr=4e-4",
+            "players.student.ema={decay: 0.99}",
+            "train.duration=700 steps",
+        ],
     ),
     "progressive": (
         "stages.steps-8.",
@@ -42,9 +47,11 @@ STUDENTS: dict[str, tuple[str, list[str]]] = {
         [
             "objective.scales=[1.0, 3.0]",
             "objective.guidance=1.5",
-            "players.student.optimizer.lr=5e-4",
+            "objective.intervals={type: even, count: 4, on_grid: 0.6}",
+            "objective.solver_steps=2",
+            "players.student.optimizer.lr=4e-4",
             "players.student.ema={decay: 0.99}",
-            "train.duration=800 steps",
+            "train.duration=650 steps",
         ],
     ),
     "dmd2": (

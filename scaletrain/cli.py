@@ -370,7 +370,8 @@ def evaluate(
     if json:
         _print_json(metrics)
         return
-    print(table(metrics, sources) or "\n".join(f"{name:24} {value:.6g}" for name, value in metrics.items()))
+    if metrics:
+        print(table(metrics, sources) or "\n".join(f"{name:24} {value:.6g}" for name, value in metrics.items()))
     if report:
         print(report.text)
 

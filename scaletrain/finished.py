@@ -151,11 +151,12 @@ def evaluate(
     try:
         run.restore()
         held = world.agree(lambda: run.held(data), main_first=True)
-        if held is None:
-            raise agreed(UserError("there is no evaluation data: give --data FILE, or data.eval in the recipe."))
-        networks = run.networks(world.device)
-        metrics = evaluate_set(run.objective, networks, held, recipe, world)
         report = None if data else world.on_main(lambda: report_on(folder, world.device))
+        if held is None and report is None:
+            raise agreed(UserError("there is no evaluation data: give --data FILE, or data.eval in the recipe."))
+        if held is None:
+            return {}, (), report
+        metrics = evaluate_set(run.objective, run.networks(world.device), held, recipe, world)
         return metrics, sources_of(held), report
     finally:
         world.close()
