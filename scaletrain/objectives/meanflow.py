@@ -15,11 +15,9 @@ import torch.autograd.forward_ad as forward
 from pydantic import Field
 from torch import Tensor, nn
 
-from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.jumps import euler_jump, noised, to, travel
 from scaletrain.diffusion.path import beside
-from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _jumping
 from scaletrain.objectives._jumping import Jumps
@@ -38,12 +36,7 @@ class Config(_jumping.Config):
 class Objective(_jumping.Objective[Config]):
     """Train `student` to obey the MeanFlow identity."""
 
-    def __init__(self, config: Config, recipe: Recipe):
-        super().__init__(config, recipe)
-        if recipe.train.compile != "off":
-            raise UserError(
-                "train.compile: meanflow differentiates forward, which compiled networks do not; leave it out."
-            )
+    differentiates_forward = True
 
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
         """Return jumps and the average velocity that follows from the identity, as x₀ and ε."""

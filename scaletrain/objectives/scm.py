@@ -43,13 +43,13 @@ class Config(_consistency.Sampling):
 class Objective(_consistency.Sampled[Config]):
     """Train `student` by the slope of its answers, from `teacher`, which is frozen, or from data alone."""
 
+    differentiates_forward = True
+
     def __init__(self, config: Config, recipe: Recipe):
         self.needs_teacher = config.learns_from == "teacher" or "teacher" in recipe.networks
         super().__init__(config, recipe)
         if config.learns_from == "data" and config.guidance != 1:
             raise UserError("objective.guidance: data are not guided; learn from a teacher, or leave it out.")
-        if recipe.train.compile != "off":
-            raise UserError("train.compile: scm differentiates forward, which compiled networks do not; leave it out.")
 
     def new_path(self, data_std: float) -> AnyPath:
         """Return TrigFlow."""
