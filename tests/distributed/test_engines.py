@@ -21,7 +21,7 @@ from tests.recipes.tiny import make_data, overrides
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-RECIPES = ("lm/pretrain", "lm/lora", "gan/dcgan", "quickstart")
+RECIPES = ("lm/pretrain", "lm/lora", "gan/dcgan", "quickstart", "distill/dmd2")
 TOLERANCE = {
     "fp32": dict.fromkeys(ENGINES, 1e-5),
     "bf16": {**dict.fromkeys(ENGINES, 1e-5), "fsdp2": 5e-3, "zero3": 2e-3},
@@ -103,8 +103,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"),
-    [*((n, p) for p in TOLERANCE for n in RECIPES), ("text/classify", "fp32"), ("distill/dmd2", "fp32")],
+    ("name", "precision"), [*((n, p) for p in TOLERANCE for n in RECIPES), ("text/classify", "fp32")]
 )
 def test_two_processes_train_as_one(name: str, precision: str, data: Path, tmp_path: Path) -> None:
     words = [*command(name, data, f"train.precision={precision}"), "--root", tmp_path]
