@@ -86,7 +86,9 @@ class Denoiser:
         null = {k: v.to(z.device).expand(count, *v.shape) for k, v in guidance.null.items()}
         told = {k: torch.cat([v, null.get(k, v)]) for k, v in self.told.items()}
         with_, without = self._output(torch.cat([z, z]), torch.cat([t, t]), told).chunk(2)
-        scale = torch.as_tensor(guidance.scale, dtype=z.dtype, device=z.device).expand(count)
+        scale = guidance.scale
+        if not isinstance(scale, Tensor):
+            scale = torch.full((count,), scale, dtype=z.dtype, device=z.device)
         scale = torch.where((t >= guidance.low) & (t <= guidance.high), scale, 1.0)
         return torch.lerp(without, with_, beside(scale, z))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.jumps import euler_jump, noised, to, travel
 from scaletrain.diffusion.path import beside
+from scaletrain.diffusion.solvers import Solver
 from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _jumping
 from scaletrain.objectives._jumping import Jumps
@@ -30,6 +31,8 @@ class Config(_jumping.Config):
     """p of adaptive weights (see there)."""
     whole: float = Field(0.0, ge=0, le=1)
     """Share of the jumps that go to the first time; the others are between two of `times`."""
+    solver: Solver = "ddim"
+    """Of the teacher in the table."""
 
 
 @final

@@ -7,7 +7,7 @@ noise. Students and teachers of other paths are read on this one: they need not 
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -17,6 +17,7 @@ from torch import Tensor
 from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import AnyPath, Trig, beside
+from scaletrain.diffusion.solvers import Solver
 from scaletrain.diffusion.times import LogNormal, Times
 from scaletrain.errors import UserError
 from scaletrain.objectives import _consistency
@@ -37,6 +38,10 @@ class Config(_consistency.Sampling):
     """c of tangent normalisation, g ← g / (‖g‖ + c), ‖g‖ the root of the mean square (section 4.1)."""
     warmup: int = Field(0, ge=0)
     """Updates over which the part of the tangent that may be unstable comes in (section 4.1)."""
+    solver: Solver = "ddim"
+    """Of the teacher in the table."""
+    weighting: ClassVar[None] = None  # type: ignore[assignment, misc]
+    """There is none: the normalised tangent weighs."""
 
 
 @final

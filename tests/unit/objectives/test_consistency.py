@@ -259,7 +259,6 @@ def test_a_target_gives_the_targets() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"solver": "dpmpp_2m"}, "no single step"),
         ({"solver": "heun", "path": "flow"}, "about data without noise"),
         ({"prediction": "x0", "path": "flow"}, "leave them as they are"),
         ({"learns_from": "data", "solver_steps": 2}, "objective.solver_steps"),
