@@ -27,7 +27,7 @@ class Config(_judged.Config):
     """λ, the weight of the distance to the teacher's x₀ (2023, section 3.1); 0 is none, as in LADD."""
     every: int = Field(1, ge=1)
     """Updates of the critic for one of the student."""
-    weighting: ClassVar[None] = None  # type: ignore[assignment, misc]
+    weighting: ClassVar[None] = None  # type: ignore[misc]
     """There is none: what noised samples tell is weighed as α."""
 
 

@@ -40,7 +40,7 @@ class Config(_consistency.Sampling):
     """Updates over which the part of the tangent that may be unstable comes in (section 4.1)."""
     solver: Solver = "ddim"
     """Of the teacher in the table."""
-    weighting: ClassVar[None] = None  # type: ignore[assignment, misc]
+    weighting: ClassVar[None] = None  # type: ignore[misc]
     """There is none: the normalised tangent weighs."""
 
 
