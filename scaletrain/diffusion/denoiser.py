@@ -20,8 +20,8 @@ _FAR = 40.0
 class Guidance:
     """Classifier-free guidance (Ho & Salimans, 2021): x₀ without the condition, and `scale` times what that adds.
 
-    null: the condition that stands for none, by name, () or (...) each, or a number. low, high: times between which it is used, others take
-    the condition alone (Kynkäänniemi et al., 2024).
+    null: the condition that stands for none, by name, () or (...) each, or a number. low, high: times between which it
+    is used, others take the condition alone (Kynkäänniemi et al., 2024).
     """
 
     scale: float | Tensor
