@@ -178,6 +178,15 @@ def check_held(specs: Mapping[str, NetworkSpec], engine: Engine) -> None:
             raise UserError(f"networks.{name}: {reason}")
 
 
+def check_able(objective: Objective[Any], engine: Engine) -> None:
+    """Raise UserError for an objective whose loss takes what an engine cannot do."""
+    if objective.differentiates_forward and not engine.differentiates_forward:
+        raise UserError(
+            f"objective.type: {objective.recipe.objective.type} differentiates networks forward, which {engine.name} "
+            "cannot: launch with ZeRO-2, FSDP or MULTI_GPU."
+        )
+
+
 def in_parts(specs: Mapping[str, NetworkSpec], networks: Mapping[str, nn.Module]) -> list[str]:
     """Return the networks to hold in parts, where an engine does: what is trained, and frozen ones that are large."""
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in networks.items()}

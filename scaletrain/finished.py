@@ -104,13 +104,16 @@ class FinishedStage:
 
 
 def _restore(objective: Objective[Any], recipe: Recipe, checkpoint: Path, shelf: Shelf) -> None:
-    """Give an objective what it wrote beside the networks of a checkpoint, and where frozen ones of others are."""
+    """Give an objective what it wrote beside the networks of a checkpoint, where frozen ones of others are, and what
+    it carried from step to step.
+    """
     folders = {p.name: p for p in (checkpoint / "networks").iterdir()}
     for name, spec in recipe.networks.items():
         if spec.frozen and spec.source:
             with suppress(UserError):  # they may be gone: for samples they need not be there
                 folders[name] = shelf.folder(spec.source)
     objective.restore(folders)
+    objective.load_state_dict(reader.family(checkpoint))
 
 
 def default_device() -> torch.device:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from scaletrain.assemble import build_networks, check_names, prepare
+from scaletrain.assemble import build_networks, check_able, check_names, prepare
 from scaletrain.callbacks.base import Observer
 from scaletrain.callbacks.log import MetricsLog, draw, rewind
 from scaletrain.callbacks.pictures import SampleFolder
@@ -162,10 +162,13 @@ class _Run:
     def train(self, fresh: bool, signals: StopSignals) -> Path:
         started = time.monotonic()
         self.latest = latest = self.world.on_main(lambda: self._look(fresh))
+        engine = build_engine(self.world, self.stages[0].recipe.train.precision)
         for stage in self.stages:
+            check_able(objective_of(stage.recipe), engine)
             batch = stage.recipe.train
             check_precision(batch.precision, self.world.device)
             Layout.derive(batch.global_batch, batch.micro_batch, self.world.size, self.world.rank)
+        engine.close()
         status = "failed"
         metrics: dict[str, float] = {}
         done = reader.manifest(latest) if latest else None

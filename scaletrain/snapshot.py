@@ -334,14 +334,11 @@ class Snapshot:
 
     def restore(self, checkpoint: Path, crew: Crew) -> None:
         """Give players and objective what a checkpoint holds; the networks were built from it already."""
-        from safetensors.torch import load_file
-
         state = reader.state(checkpoint)
         for name, player in crew.players.items():
             crew.engine.load(player, Tensors(checkpoint / "training" / name), state["optimizers"][name])
             player.load_counters(state["players"][name])
-        path = checkpoint / FAMILY
-        crew.objective.load_state_dict(dict(state["objective"]) | (load_file(path) if path.exists() else {}))
+        crew.objective.load_state_dict(reader.family(checkpoint))
 
 
 @contextmanager

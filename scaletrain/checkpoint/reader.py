@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scaletrain.checkpoint.integrity import verify
-from scaletrain.checkpoint.layout import FORMAT, MANIFEST, STATE, checkpoints
+from scaletrain.checkpoint.layout import FAMILY, FORMAT, MANIFEST, STATE, checkpoints
 from scaletrain.errors import UserError
 
 log = logging.getLogger("scaletrain")
@@ -68,6 +68,14 @@ def state(folder: Path) -> dict[str, Any]:
     """Return the counters and progress of a checkpoint."""
     content: dict[str, Any] = json.loads((folder / STATE).read_text())
     return content
+
+
+def family(folder: Path) -> dict[str, Any]:
+    """Return what the objective carries from step to step."""
+    from safetensors.torch import load_file
+
+    path = folder / FAMILY
+    return dict(state(folder)["objective"]) | (load_file(path) if path.exists() else {})
 
 
 def average(folder: Path, network: str) -> dict[str, Any]:

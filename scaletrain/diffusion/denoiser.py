@@ -20,12 +20,12 @@ _FAR = 40.0
 class Guidance:
     """Classifier-free guidance (Ho & Salimans, 2021): x₀ without the condition, and `scale` times what that adds.
 
-    null: the condition that stands for none, by name, () each. low, high: times between which it is used, others take
-    the condition alone (Kynkäänniemi et al., 2024).
+    null: the condition that stands for none, by name, () or (...) each, or a number. low, high: times between which it
+    is used, others take the condition alone (Kynkäänniemi et al., 2024).
     """
 
     scale: float | Tensor
-    null: Mapping[str, Tensor]
+    null: Mapping[str, Tensor | int]
     low: float = -torch.inf
     high: float = torch.inf
 
@@ -83,10 +83,13 @@ class Denoiser:
     def _guided(self, z: Tensor, t: Tensor, guidance: Guidance) -> Tensor:
         """Return the guided output; both halves go through the network in one call."""
         count = len(z)
-        null = {k: v.to(z.device).expand(count, *v.shape) for k, v in guidance.null.items()}
+        null = {k: filled(v, z.device) for k, v in guidance.null.items()}
+        null = {k: v.expand(count, *v.shape) for k, v in null.items()}
         told = {k: torch.cat([v, null.get(k, v)]) for k, v in self.told.items()}
         with_, without = self._output(torch.cat([z, z]), torch.cat([t, t]), told).chunk(2)
-        scale = torch.as_tensor(guidance.scale, dtype=z.dtype, device=z.device).expand(count)
+        scale = guidance.scale
+        if not isinstance(scale, Tensor):
+            scale = torch.full((count,), scale, dtype=z.dtype, device=z.device)
         scale = torch.where((t >= guidance.low) & (t <= guidance.high), scale, 1.0)
         return torch.lerp(without, with_, beside(scale, z))
 
@@ -131,3 +134,8 @@ class Denoiser:
         error = self.output(z, t) - target
         factor = weight(weighting, *self.reading.slopes(t, z))
         return (factor * torch.square(error)).flatten(1).mean(1)
+
+
+def filled(value: Tensor | int, device: torch.device) -> Tensor:
+    """Return what stands for no condition on a device, without waiting for that."""
+    return torch.full((), value, device=device) if isinstance(value, int) else value.to(device, non_blocking=True)

@@ -81,14 +81,11 @@ def sampler_pairs(count: int, samplers: Sequence[int], steps: int, device: torch
     steps take, all samplers alike, and each one's jumps: (count,) each. steps: a multiple of all of these.
     """
     which = torch.floor(stratified(count, device) * len(samplers)).long()
-    size = torch.tensor([steps // n for n in samplers], device=device)[which]
+    size = torch.full_like(which, steps // samplers[0])
+    for i, n in enumerate(samplers[1:], 1):
+        size.masked_fill_(which >= i, steps // n)
     number = torch.floor(torch.rand(count, device=device) * (steps // size)).long()
     return number * size, (number + 1) * size
-
-
-def path_grid(path: Path, steps: int, device: torch.device) -> Tensor:
-    """Return the times of a sampler's grid (steps + 1,)."""
-    return torch.tensor(path.grid(steps), device=device)
 
 
 def noised(t: Tensor, path: Path) -> Tensor:

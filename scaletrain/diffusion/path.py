@@ -67,7 +67,7 @@ class Path(Strict):
 
     def start(self, noise: Tensor) -> Tensor:
         """Return where samplers begin (B, ...): noise (B, ...) of unit variance at the scale of the last time."""
-        _, sigma = self.alpha_sigma(torch.tensor(self.last, dtype=noise.dtype, device=noise.device))
+        _, sigma = self.alpha_sigma(torch.full((), self.last, dtype=noise.dtype, device=noise.device))
         return sigma * noise
 
     def time(self, share: Share) -> Share:
@@ -77,6 +77,10 @@ class Path(Strict):
     def grid(self, steps: int) -> list[float]:
         """Return the times of a sampler of so many steps, `last` to `first`: steps + 1, evenly spaced."""
         return [self.time((steps - i) / steps) for i in range(steps + 1)]
+
+    def times(self, steps: int, device: torch.device) -> Tensor:
+        """Return that grid on a device (steps + 1,), fp32. It is made there: who copies to a device waits for it."""
+        return self.time(torch.arange(steps, -1, -1, dtype=torch.float64, device=device) / steps).float()
 
 
 def beside(values: Tensor, like: Tensor) -> Tensor:
@@ -239,9 +243,23 @@ class Discrete(Path):
         return noise
 
     def grid(self, steps: int) -> list[float]:
-        """Return the times of whole steps, as evenly as they go, from the last on (Lin et al., 2024, "trailing")."""
+        """Return the times of whole steps, as evenly as they go, from the last on (Lin et al., 2024, "trailing").
+
+        They fall, and end after one more at the first; where there are not so many they are even, between whole steps.
+        """
         count = len(self.alphas_cumprod)
-        return [*(round(count - i * count / steps) / count for i in range(steps)), self.first]
+        if steps >= count:
+            return super().grid(steps)
+        whole = (max(round(count - i * count / steps), steps + 1 - i) for i in range(steps))
+        return [*(step / count for step in whole), self.first]
+
+    def times(self, steps: int, device: torch.device) -> Tensor:
+        """Return that grid on a device."""
+        count = len(self.alphas_cumprod)
+        if steps >= count:
+            return super().times(steps, device)
+        number = torch.arange(steps + 1, dtype=torch.float64, device=device)
+        return (torch.maximum(torch.round(count - number * count / steps), steps + 1 - number) / count).float()
 
 
 @final

@@ -59,6 +59,9 @@ class Engine(ABC):
     def __init__(self, world: World, precision: str):
         self.world, self.precision = world, precision
 
+    differentiates_forward: bool = True
+    """Whether networks can be called with dual numbers (torch.autograd.forward_ad)."""
+
     reads: bool = False
     """Whether networks may come to `wrap` with parameters on the meta device, to be read from files in parts."""
 

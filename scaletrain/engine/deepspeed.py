@@ -44,6 +44,7 @@ class Zero(Engine):
         super().__init__(world, precision)
         self.name, self.lockstep = f"zero{spec.stage}", spec.stage == 3
         self.reads = spec.stage == 3
+        self.differentiates_forward = spec.stage < 3  # of whose linear layers DeepSpeed has its own
         self._spec = spec
         self._held: dict[str, _Held] = {}
         self._frozen: list[Any] = []  # DeepSpeed's engines of networks that are not trained, in parts

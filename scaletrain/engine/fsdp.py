@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from traceback import walk_tb
@@ -146,6 +146,17 @@ class FullyShard(Native):
             if name in weights:
                 self._read(networks[name], weights[name])
             self._sharded[name] = networks[name]
+
+    def prepare(self, players: Iterable[Player], networks: Mapping[str, nn.Module]) -> None:
+        """Take over the networks, and have FSDP2 settle what it does with the gradients of each.
+
+        It would at the first call, by what requires gradients then: nothing does where another player's turn calls a
+        network first, and gradients would be reduced in half precision.
+        """
+        super().prepare(players, networks)
+        for network in self._sharded.values():
+            assert isinstance(network, FSDPModule)
+            network._get_fsdp_state()._lazy_init()
 
     def _shard(self, network: nn.Module) -> None:
         half = None if self.precision == "fp32" else DTYPES[self.precision]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -51,6 +51,8 @@ class Config(Sampling):
     default the student itself does (Song & Dhariwal, 2024, section 3.2)."""
     solver_steps: int = Field(1, ge=1)
     """Of the teacher's solver, from one time to the other."""
+    solver: Literal["ddim", "euler", "heun"] = "ddim"
+    """Of the teacher, from one time to the other and in the table: one that goes single steps between any two times."""
 
 
 S = TypeVar("S", bound=Sampling)
@@ -64,6 +66,8 @@ class Sampled(_denoising.Objective[S], Generic[S]):
         super().__init__(config, recipe)
         self.steps = config.steps
         self._updates = 0
+        if not self.needs_teacher and config.solver != "ddim":
+            raise UserError("objective.solver is for a teacher, and there is none; leave it out.")
 
     @property
     def flow(self) -> Path:
@@ -94,13 +98,6 @@ class Sampled(_denoising.Objective[S], Generic[S]):
 
 class Objective(Sampled[C], Generic[C]):
     """Train `student` to say of two points of one trajectory that they come from the same data."""
-
-    def __init__(self, config: C, recipe: Recipe):
-        super().__init__(config, recipe)
-        if config.solver not in ("ddim", "euler", "heun"):
-            raise UserError(
-                f"objective.solver: {config.solver} goes no single step from one time to another; take ddim, or heun."
-            )
 
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find, too, that the solver can go to the data. Raises UserError."""

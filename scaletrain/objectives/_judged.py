@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.sources import Rows
-from scaletrain.diffusion.solvers import sample
+from scaletrain.diffusion.solvers import Solver, sample
 from scaletrain.diffusion.times import Times, Uniform
 from scaletrain.errors import UserError
 from scaletrain.evaluate.distances import energy_scores
@@ -33,6 +33,8 @@ class Config(_denoising.Config):
 
     steps: int = Field(1, ge=1)
     """Of the student, for a sample."""
+    solver: Solver = "ddim"
+    """Of the teacher in the table; between the student's steps its x₀ is noised anew."""
     times: Times = Uniform()
     """At which its samples are judged."""
     contest: Contest = "hinge"

@@ -65,6 +65,8 @@ class Objective(_denoising.Objective[C], Generic[C]):
         self.steps = config.steps
         if config.learn == "data" and config.guidance != 1:
             raise UserError("objective.guidance: data are not guided; set objective.learn=teacher, or leave it out.")
+        if not self.needs_teacher and config.solver != "ddim":
+            raise UserError("objective.solver is for a teacher, and there is none; leave it out.")
 
     @abstractmethod
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:

@@ -6,7 +6,7 @@ a network of its own rather than a head on features of the teacher.
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from pydantic import Field
@@ -27,6 +27,8 @@ class Config(_judged.Config):
     """λ, the weight of the distance to the teacher's x₀ (2023, section 3.1); 0 is none, as in LADD."""
     every: int = Field(1, ge=1)
     """Updates of the critic for one of the student."""
+    weighting: ClassVar[None] = None  # type: ignore[misc]
+    """There is none: what noised samples tell is weighed as α."""
 
 
 @final
@@ -56,7 +58,7 @@ class Objective(_judged.Objective[Config]):
         """Return what the student makes of data x₀ (B, ...), noised at the times of its steps, evenly (2023, section
         3.1): at the first of them there is next to nothing left of x₀.
         """
-        grid = torch.tensor(student.path.grid(self.config.steps), device=x0.device)
+        grid = student.path.times(self.config.steps, x0.device)
         t = grid[torch.floor(stratified(len(x0), x0.device) * self.config.steps).long()]
         return student(student.path.noisy(x0, torch.randn_like(x0), t), t)[0]
 

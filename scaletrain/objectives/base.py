@@ -133,10 +133,17 @@ class Objective(ABC, Generic[C]):
     """Whether `enrich` does something. Set it in `__init__` when it depends on options."""
     surveys: bool = False
     """Whether the loss needs `survey`. Set it in the same way."""
+    differentiates_forward: ClassVar[bool] = False
+    """Whether the loss differentiates networks forward, by dual numbers."""
     throughput: ClassVar[str] = "samples"
     """The unit, among those of `counts` or `samples`, that the progress line gives per second."""
 
     def __init__(self, config: C, recipe: Recipe):
+        if self.differentiates_forward and recipe.train.compile != "off":
+            raise UserError(
+                f"train.compile: {recipe.objective.type} differentiates forward, which compiled networks do not; leave "
+                "it out."
+            )
         self.config = config
         self.recipe = recipe
         self.origins: Mapping[str, str] = {n: spec.source for n, spec in recipe.networks.items() if spec.source}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import any_pairs, ddim_jump, path_grid, sampler_pairs, teacher_step, travel
+from scaletrain.diffusion.jumps import any_pairs, ddim_jump, sampler_pairs, teacher_step, travel
 from scaletrain.diffusion.path import beside
 from scaletrain.diffusion.solvers import implied_x0
 from scaletrain.errors import UserError
@@ -69,7 +69,7 @@ class Objective(_jumping.Objective[Config]):
         """Return jumps from t to s and where the teacher, to u, and from there the student get."""
         assert teacher is not None
         path, config, device = student.path, self.config, x0.device
-        grid = path_grid(path, config.teacher_steps, device)
+        grid = path.times(config.teacher_steps, device)
         start, end = any_pairs(len(x0), config.teacher_steps, device)
         if config.sampled:
             own = sampler_pairs(len(x0), config.samplers, config.teacher_steps, device)

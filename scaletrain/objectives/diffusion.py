@@ -13,6 +13,7 @@ from pydantic import Field
 
 from scaletrain.config import Recipe
 from scaletrain.data.sources import Rows
+from scaletrain.diffusion.denoiser import filled
 from scaletrain.diffusion.pairing import optimal_pairs
 from scaletrain.diffusion.path import beside
 from scaletrain.diffusion.times import Times, Uniform
@@ -78,7 +79,7 @@ class Objective(_denoising.Objective[Config]):
             return batch
         first = next(iter(batch.values()))
         kept = torch.rand(len(first), device=first.device) >= self.config.dropped
-        null = {k: v.to(first.device) for k, v in self.null().items() if k in batch}
+        null = {k: filled(v, first.device) for k, v in self.null().items() if k in batch}
         return {**batch, **{k: torch.where(beside(kept, batch[k]), batch[k], v) for k, v in null.items()}}
 
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:

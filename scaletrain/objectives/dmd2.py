@@ -21,6 +21,7 @@ from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import beside
 from scaletrain.diffusion.solvers import renoise_step, times
+from scaletrain.errors import UserError
 from scaletrain.objectives import _judged
 from scaletrain.objectives.base import Networks
 from scaletrain.player import Batch, Term, Turn
@@ -53,6 +54,9 @@ class Objective(_judged.Objective[Config]):
     def __init__(self, config: Config, recipe: Recipe):
         super().__init__(config, recipe)
         self.criticised = config.adversarial > 0
+        for key in () if self.criticised else ("contest", "r1"):
+            if getattr(config, key) != Config.model_fields[key].default:
+                raise UserError(f"objective.{key} is for a critic; set objective.adversarial, or leave it out.")
         followers = [FAKE, "critic"] if self.criticised else [FAKE]
         self.turns = (*(Turn(name, name) for name in followers), Turn("student", "student", every=config.every))
 

@@ -15,11 +15,10 @@ import torch.autograd.forward_ad as forward
 from pydantic import Field
 from torch import Tensor, nn
 
-from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.jumps import euler_jump, noised, to, travel
 from scaletrain.diffusion.path import beside
-from scaletrain.errors import UserError
+from scaletrain.diffusion.solvers import Solver
 from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _jumping
 from scaletrain.objectives._jumping import Jumps
@@ -32,18 +31,15 @@ class Config(_jumping.Config):
     """p of adaptive weights (see there)."""
     whole: float = Field(0.0, ge=0, le=1)
     """Share of the jumps that go to the first time; the others are between two of `times`."""
+    solver: Solver = "ddim"
+    """Of the teacher in the table."""
 
 
 @final
 class Objective(_jumping.Objective[Config]):
     """Train `student` to obey the MeanFlow identity."""
 
-    def __init__(self, config: Config, recipe: Recipe):
-        super().__init__(config, recipe)
-        if recipe.train.compile != "off":
-            raise UserError(
-                "train.compile: meanflow differentiates forward, which compiled networks do not; leave it out."
-            )
+    differentiates_forward = True
 
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
         """Return jumps and the average velocity that follows from the identity, as x₀ and ε."""

@@ -54,7 +54,7 @@ class Objective(_denoising.Objective[Config]):
         x0, batch = self.data(batch)
         student, steps = self.student(networks, batch), self.config.steps
         number = torch.floor(stratified(len(x0), x0.device) * steps).long()
-        grid = torch.tensor(student.path.grid(self.config.teacher_steps), device=x0.device)
+        grid = student.path.times(self.config.teacher_steps, x0.device)
         t = grid[number * (self.config.teacher_steps // steps)]
         z = student.path.noisy(x0, torch.randn_like(x0), t)
         with torch.no_grad():

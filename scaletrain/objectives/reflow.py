@@ -63,9 +63,12 @@ class Objective(_denoising.Objective[Config]):
         super().__init__(config, recipe)
         self.steps, self.teacher_steps = config.steps, config.teacher_steps
         self._folders: Mapping[str, Path] = {}
-        self._pairs: list[Pairs] = []
+        self._pairs: dict[str, list[Pairs]] = {"train": [], "held": []}
         if config.one_step and config.steps != 1:
             raise UserError(f"objective.steps is {config.steps}: with `one_step` the student learns one; leave it out.")
+        for key in ("times", "weighting") if config.one_step else ():
+            if getattr(config, key) != Config.model_fields[key].default:
+                raise UserError(f"objective.{key}: with `one_step` the student learns at one time; leave it out.")
 
     # --- the pairs ----------------------------------------------------------------------------------------------------
 
@@ -88,16 +91,18 @@ class Objective(_denoising.Objective[Config]):
                 f"objective.prediction: at the last time all is noise, and of `{reading.prediction}` no sample "
                 "follows; set objective.prediction to v, x0 or edm."
             )
-        self._pairs = []
+        for made in self._pairs.values():
+            made.clear()
 
     def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
-        """Return the rows, each with a pair: those to train on, and those held out, have noise of their own."""
-        key = key_of(self.recipe.seed, "pairs", "train" if training else "held")
+        """Return the rows, each with a pair. Each source, to train on or held out, has noise of its own."""
+        role = "train" if training else "held"
+        key = key_of(self.recipe.seed, "pairs", role, len(self._pairs[role]))
         count, batch = len(rows), self.recipe.evaluation_batch
         pairs = Pairs(
             *(count, self.signature.shape, key, self._labels(rows, key), batch, self.config.stored), *self._about()
         )
-        self._pairs.append(pairs)
+        self._pairs[role].append(pairs)
         return WithPairs(super().examples(rows, training, window), pairs)
 
     def _labels(self, rows: Rows, key: int) -> Labels | None:
@@ -123,10 +128,11 @@ class Objective(_denoising.Objective[Config]):
 
     def ahead(self) -> Ahead:
         """Have the teacher make the samples, once."""
-        parts = [(pairs, number) for pairs in self._pairs for number in range(pairs.parts)]
+        sources = [*self._pairs["train"], *self._pairs["held"]]
+        parts = [(pairs, number) for pairs in sources for number in range(pairs.parts)]
 
         def missing() -> list[int]:
-            gaps = {id(pairs): set(pairs.missing()) for pairs in self._pairs}
+            gaps = {id(pairs): set(pairs.missing()) for pairs in sources}
             return [i for i, (pairs, number) in enumerate(parts) if number in gaps[id(pairs)]]
 
         def do(networks: Networks, device: torch.device, part: int) -> None:

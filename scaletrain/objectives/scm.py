@@ -7,7 +7,7 @@ noise. Students and teachers of other paths are read on this one: they need not 
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -17,6 +17,7 @@ from torch import Tensor
 from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import AnyPath, Trig, beside
+from scaletrain.diffusion.solvers import Solver
 from scaletrain.diffusion.times import LogNormal, Times
 from scaletrain.errors import UserError
 from scaletrain.objectives import _consistency
@@ -37,19 +38,23 @@ class Config(_consistency.Sampling):
     """c of tangent normalisation, g ← g / (‖g‖ + c), ‖g‖ the root of the mean square (section 4.1)."""
     warmup: int = Field(0, ge=0)
     """Updates over which the part of the tangent that may be unstable comes in (section 4.1)."""
+    solver: Solver = "ddim"
+    """Of the teacher in the table."""
+    weighting: ClassVar[None] = None  # type: ignore[misc]
+    """There is none: the normalised tangent weighs."""
 
 
 @final
 class Objective(_consistency.Sampled[Config]):
     """Train `student` by the slope of its answers, from `teacher`, which is frozen, or from data alone."""
 
+    differentiates_forward = True
+
     def __init__(self, config: Config, recipe: Recipe):
         self.needs_teacher = config.learns_from == "teacher" or "teacher" in recipe.networks
         super().__init__(config, recipe)
         if config.learns_from == "data" and config.guidance != 1:
             raise UserError("objective.guidance: data are not guided; learn from a teacher, or leave it out.")
-        if recipe.train.compile != "off":
-            raise UserError("train.compile: scm differentiates forward, which compiled networks do not; leave it out.")
 
     def new_path(self, data_std: float) -> AnyPath:
         """Return TrigFlow."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scaletrain.config import Recipe
 from scaletrain.diffusion.denoiser import Denoiser
-from scaletrain.diffusion.jumps import path_grid, sampler_pairs, teacher_step, travel
+from scaletrain.diffusion.jumps import sampler_pairs, teacher_step, travel
 from scaletrain.diffusion.path import Path, beside
 from scaletrain.diffusion.solvers import ddim_step, implied_x0
 from scaletrain.errors import UserError
@@ -52,7 +52,7 @@ class Objective(_jumping.Objective[Config]):
         """Return jumps and what two half ones come to (Frans et al., 2025, equation 4 and algorithm 1)."""
         path, finest = student.path, self.config.finest
         first, last = sampler_pairs(len(x0), self._samplers, finest, x0.device)
-        grid = path_grid(path, 2 * finest, x0.device)
+        grid = path.times(2 * finest, x0.device)
         t, half, s = grid[2 * first], grid[first + last], grid[2 * last]
         z = path.noisy(x0, torch.randn_like(x0), t)
         size = (last - first) / finest

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from scaletrain.assemble import check_held
+from scaletrain.assemble import check_able, check_held
 from scaletrain.config import PlayerSpec, Stage, TrainSpec
 from scaletrain.data.loader import Layout
 from scaletrain.engine.deepspeed import Zero
@@ -36,6 +36,7 @@ class Trials:
         if way.engine.startswith("zero"):
             zero = Zero(Imagined(way.processes), train.precision, ZeroSpec(int(way.engine[-1]), {}))
             check_held(self.part.specs, zero)
+            check_able(self.part.objective, zero)
             for name in dict.fromkeys(turn.player for turn in self.part.objective.turns):
                 if reason := zero.refuses(recipe.players.get(name, PlayerSpec()).optimizer.type):
                     raise UserError(f"players.{name}.optimizer.type: {reason}")

@@ -21,13 +21,16 @@ from tests.recipes.tiny import make_data, overrides
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-RECIPES = ("lm/pretrain", "lm/lora", "gan/dcgan", "quickstart")
+RECIPES = ("lm/pretrain", "lm/lora", "gan/dcgan", "quickstart", "distill/dmd2")
 TOLERANCE = {
     "fp32": dict.fromkeys(ENGINES, 1e-5),
     "bf16": {**dict.fromkeys(ENGINES, 1e-5), "fsdp2": 5e-3, "zero3": 2e-3},
 }
 """Relative, of every loss. FSDP2 gathers norms, biases and embeddings in bf16, too, where autocast leaves them in fp32;
 DeepSpeed has a linear layer of its own under ZeRO-3, which adds the bias after the product was rounded."""
+GAME = {"fp32": dict.fromkeys(ENGINES, 2e-5), "bf16": {**dict.fromkeys(ENGINES, 1e-2), "ddp": 1e-5}}
+"""The same for distribution matching: three players, each of which takes over what the others round. In bf16 a last bit
+of fp32 is enough for that."""
 SAVED = {"ddp": "data_parallel"}
 """Names of engines in a manifest, where they are others."""
 
@@ -103,8 +106,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision"),
-    [*((n, p) for p in TOLERANCE for n in RECIPES), ("text/classify", "fp32"), ("distill/dmd2", "fp32")],
+    ("name", "precision"), [*((n, p) for p in TOLERANCE for n in RECIPES), ("text/classify", "fp32")]
 )
 def test_two_processes_train_as_one(name: str, precision: str, data: Path, tmp_path: Path) -> None:
     words = [*command(name, data, f"train.precision={precision}"), "--root", tmp_path]
@@ -119,8 +121,8 @@ def test_two_processes_train_as_one(name: str, precision: str, data: Path, tmp_p
         manifest = json.loads((tmp_path / engine / "latest" / "manifest.json").read_text())
         assert manifest["engine"] == SAVED.get(engine, engine)
         assert manifest["world_size"] == 2
-    more = 2 if name == "distill/dmd2" else 1  # three players, each of which takes over what the others round
-    assert found == {engine: pytest.approx(0, abs=more * limit) for engine, limit in TOLERANCE[precision].items()}
+    limits = GAME if name == "distill/dmd2" else TOLERANCE
+    assert found == {engine: pytest.approx(0, abs=limit) for engine, limit in limits[precision].items()}
 
 
 OVERFLOWING = '''

@@ -177,6 +177,11 @@ def test_what_an_engine_cannot_hold(engine: str, data: Path) -> None:
         needs_of("lm/qlora", data, Way(engine, 2, False, False))
 
 
+def test_what_an_engine_cannot_do(data: Path) -> None:
+    with pytest.raises(UserError, match=r"objective\.type: scm differentiates networks forward, which zero3 cannot"):
+        needs_of("distill/scm_gmm", data, Way("zero3", 2, False, False))
+
+
 def test_what_is_held_by_adamw(data: Path) -> None:
     (needs,) = needs_of("lm/pretrain", data, ONE)
     size = 4 * needs.plan.parameters

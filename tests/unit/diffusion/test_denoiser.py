@@ -140,7 +140,7 @@ def test_a_mixture_is_guided_by_its_modes() -> None:
     of_one = torch.autograd.grad(log.diagonal().sum(), z)[0]
     z = z.detach()
     exact = Denoiser(mixture, Reading(path=path, prediction="exact")).given(label=label)
-    _, eps = exact.under(Guidance(3.0, {"label": torch.tensor(5)}))(z, t)
+    _, eps = exact.under(Guidance(3.0, {"label": 5}))(z, t)
     torch.testing.assert_close(-eps / sigma, of_all + 3 * (of_one - of_all))
 
 

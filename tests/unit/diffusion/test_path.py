@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -97,6 +98,20 @@ def test_grids_are_those_of_the_papers() -> None:
     # Esser et al., 2024, equation 23: of the same SNR at m times the pixels, √m = 3
     np.testing.assert_allclose(Flow(shift=3.0).grid(4), [1, 9 / 10, 3 / 4, 1 / 2, 0])
     assert Trig().grid(2) == [math.pi / 2, math.pi / 4, 0]
+
+
+@EACH
+@pytest.mark.parametrize("steps", [1, 2, 7, 64, 700, 999, 1000, 1300])
+def test_grids_fall_from_the_last_time_to_the_first_on_a_device_too(path: Path, steps: int) -> None:
+    grid = path.grid(steps)
+    assert len(grid) == steps + 1
+    assert (grid[0], grid[-1]) == (path.last, pytest.approx(path.first, rel=1e-12))
+    assert all(t > s for t, s in pairwise(grid))
+    there = path.times(steps, torch.device("cpu"))
+    torch.testing.assert_close(there, torch.tensor(grid), rtol=0, atol=0)
+    if isinstance(path, Discrete) and steps < 1000:
+        whole = 1000 * torch.tensor(grid, dtype=torch.float64)
+        torch.testing.assert_close(whole, whole.round(), rtol=0, atol=1e-9)
 
 
 @EACH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,12 @@ from scaletrain.diffusion.reading import Reading
 from scaletrain.diffusion.solvers import ddim_step, implied_x0
 from scaletrain.errors import UserError
 from scaletrain.explain import decode
+from scaletrain.finished import evaluate
 from scaletrain.networks.point_denoiser import Config, PointDenoiser
 from scaletrain.player import Player
 from scaletrain.recipe import objective_of
+from tests.launch import metrics, run
+from tests.recipes.tiny import overrides
 from tests.unit.objectives.small import GAUSSIAN, TURN, draws, flowed, made, networks, trained
 
 PATHS = [Cosine(), Linear(), EDM(), Flow(), Trig(data_std=0.7), Discrete(alphas_cumprod=[0.999, 0.9, 0.5, 0.1, 0.01])]
@@ -242,6 +246,23 @@ def test_a_target_is_an_average_of_the_student() -> None:
     assert fresh.state_dict() == {"updates": 2}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("consistency", "objective.intervals={type: even, count: 2, most: 64, double_every: 1}"),
+        ("scm", "objective.warmup=9"),
+    ],
+)
+def test_a_run_is_evaluated_at_the_update_that_it_was_at(method: str, option: str, tmp_path: FilePath) -> None:
+    name = f"distill/{method}_gmm"
+    own = ["data.eval=noise:64", "evaluate.every=6 steps", "train.duration=6 steps", "players.student.ema=null", option]
+    run(["run", name, *overrides(name, tmp_path), *own, "--root", tmp_path, "--run", "r"])
+    said = [r["loss"] for r in metrics(tmp_path / "r") if r["kind"] == "evaluate"]
+    found, *_ = evaluate(tmp_path / "r")
+    assert found["loss"] == pytest.approx(said[-1], rel=1e-6)
+
+
 def test_a_target_gives_the_targets() -> None:
     objective = made({"type": "consistency", "target_decay": 0.9}, GAUSSIAN)
     nets = networks(objective, noisy=True)
@@ -259,7 +280,6 @@ def test_a_target_gives_the_targets() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"solver": "dpmpp_2m"}, "no single step"),
         ({"solver": "heun", "path": "flow"}, "about data without noise"),
         ({"prediction": "x0", "path": "flow"}, "leave them as they are"),
         ({"learns_from": "data", "solver_steps": 2}, "objective.solver_steps"),

@@ -144,6 +144,20 @@ def test_held_out_pairs_have_noise_of_their_own_and_seeds_too() -> None:
         assert (torch.cdist(one, another).min(1).values > 0).all()
 
 
+def test_each_source_has_noise_of_its_own() -> None:
+    own = objective(teacher_steps=2)
+    own.prepare(noise_rows(128), None)
+    first, second, held = (own.examples(noise_rows(64), training) for training in (True, True, False))
+    ahead = own.ahead()
+    for part in ahead.missing():
+        ahead.do({"teacher": mixture.Mixture(mixture.Config())}, torch.device("cpu"), part)
+    noise = [all_of(part)["noise"] for part in (first, second, held)]
+    for one, another in ((0, 1), (0, 2), (1, 2)):
+        assert (noise[one] != noise[another]).all()
+    own.prepare(noise_rows(128), None)  # again: they are the same
+    assert torch.equal(all_of(own.examples(noise_rows(64), True))["noise"], noise[0])
+
+
 def test_pairs_are_made_again_only_for_another_teacher_or_solver() -> None:
     def missing(teacher: dict[str, Any] = RING, **options: Any) -> bool:
         own = objective(teacher, **{"teacher_steps": 2, **options})
