@@ -379,11 +379,11 @@ class Denoisers(base.Objective[C], Generic[C]):
         low, high = self.config.guidance_interval or (-torch.inf, torch.inf)
         return denoiser.under(Guidance(scale, self.null(), low, high))
 
-    def null(self) -> Mapping[str, Tensor]:
-        """Return what stands for no condition, by name, () or (...) each."""
+    def null(self) -> Mapping[str, Tensor | int]:
+        """Return what stands for no condition, by name, () or (...) each, or a number."""
         if self.signature.condition == "text":
             return self._null
-        return {"label": torch.tensor(self.signature.classes)}
+        return {"label": self.signature.classes}
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
@@ -401,7 +401,7 @@ class Denoisers(base.Objective[C], Generic[C]):
 
     def _fixed(self, like: Tensor) -> dict[str, Tensor]:
         """Return what networks are told of all samples alike, (B, ...) each, for so many as `like` (B, ...)."""
-        fixed = {k: torch.tensor(v, device=like.device) for k, v in self.signature.fixed.items()}
+        fixed = {k: torch.tensor(v).to(like.device, non_blocking=True) for k, v in self.signature.fixed.items()}
         return {k: v.expand(len(like), *v.shape) for k, v in fixed.items()}
 
     def conditions(self, noise: Tensor) -> dict[str, Tensor]:
