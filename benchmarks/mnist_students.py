@@ -36,10 +36,10 @@ STUDENTS: dict[str, tuple[str, list[str]]] = {
     "progressive": (
         "stages.steps-8.",
         [
-            "stages.steps-8.train.duration=100 steps",
-            "stages.steps-4.train.duration=200 steps",
-            "stages.steps-2.train.duration=300 steps",
-            "stages.steps-1.train.duration=300 steps",
+            "stages.steps-8.train.duration=150 steps",
+            "stages.steps-4.train.duration=400 steps",
+            "stages.steps-2.train.duration=250 steps",
+            "stages.steps-1.train.duration=250 steps",
         ],
     ),
     "lcm": (
