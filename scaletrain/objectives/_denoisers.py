@@ -80,6 +80,7 @@ class Denoisers(base.Objective[C], Generic[C]):
     trained: ClassVar[str] = "student"
     turns: tuple[Turn, ...] = (Turn("train", "student"),)
     throughput = "samples"
+    companions: ClassVar[tuple[str, ...]] = (_latents.NAME,)
     tells: tuple[str, ...] = ()
     """What the trained network is told beside its condition, of `guidance` and `target`."""
     needs_teacher: bool = True

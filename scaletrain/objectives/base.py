@@ -146,6 +146,8 @@ class Objective(ABC, Generic[C]):
     """Whether `enrich` does something. Set it in `__init__` when it depends on options."""
     surveys: bool = False
     """Whether the loss needs `survey`. Set it in the same way."""
+    companions: ClassVar[tuple[str, ...]] = ()
+    """Frozen networks that are exported with the trained ones."""
     throughput: ClassVar[str] = "samples"
     """The unit, among those of `counts` or `samples`, that the progress line gives per second."""
 
