@@ -47,7 +47,7 @@ def _quieten() -> None:
     libraries = r"(transformers|peft|accelerate|torch|bitsandbytes)"
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=libraries)
-    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     own = logging.getLogger("scaletrain")

@@ -1,7 +1,7 @@
 """Latents of pictures, and what texts say, made of a data set once and written to Parquet, to train denoisers on.
 
-Rows are read, encoded and written by the batch. What is being written stands in `.OUT.partial`; it gets its name when it
-is whole, and the same command goes on with what a killed one left, file by file.
+Rows are read, encoded and written by the batch. What is being written stands in `.OUT.partial`; it gets its name when
+it is whole, and the same command goes on with what a killed one left, file by file.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def encode(source: str, run: Path | None, data: SourceSpec, out: Path, options: 
     bounds = [*range(0, len(rows), per_file), len(rows)]
     names = [f"part-{i:05d}-of-{len(bounds) - 1:05d}.parquet" for i in range(len(bounds) - 1)]
     kept = [column for column in rows.columns if not (column == "image" and network is not None)]
-    told, began = 0, time.monotonic()
+    told, began = 0.0, time.monotonic()
     fresh = [(name, span) for name, span in zip(names, pairwise(bounds), strict=True) if not (partial / name).exists()]
     done = before = len(rows) - sum(last - first for _, (first, last) in fresh)
     for name, (first, last) in fresh:

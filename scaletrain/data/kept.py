@@ -49,8 +49,8 @@ class Kept:
             folder = cache_root() / self._kind / _name(number)
             if not folder.is_dir():
                 raise UserError(
-                    f"{folder} is not there: what frozen networks say of these data is written when a run starts, and was "
-                    "removed since, or they are other data. Start the run again (scaletrain run)."
+                    f"{folder} is not there: what frozen networks say of these data is written when a run starts, and "
+                    "was removed since, or they are other data. Start the run again (scaletrain run)."
                 )
             try:
                 self._open[number] = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in self._names}

@@ -324,7 +324,8 @@ class ArrowColumn(Sequence[Any]):
             return None
         values = pa.concat_arrays(self._values.chunks)
         shape = [len(values)]
-        while pa.types.is_list(kind := values.type) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        nested = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        while any(is_one(values.type) for is_one in nested):
             inner = values.flatten()  # without what stands under nulls
             size, rest = divmod(len(inner), len(values)) if len(values) else (0, 1)
             if values.null_count or rest or (values.value_lengths().to_numpy() != size).any():

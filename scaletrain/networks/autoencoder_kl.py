@@ -159,7 +159,7 @@ def build(config: Config) -> nn.Module:
 
 def load(path: str, config: Config, dtype: torch.dtype) -> nn.Module:
     """Read one from its folder, from a pipeline's, or from the Hub. Raises UserError."""
-    found, subfolder = _read(path, config)
+    _, subfolder = _read(path, config)
     try:
         module = _classes()[0].from_pretrained(path, subfolder=subfolder, torch_dtype=dtype)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError) as error:

@@ -76,7 +76,7 @@ class Autoencoder:
     def encodings(self, options: ImageOptions, rows: Rows, shape: tuple[int, ...], recipe: Recipe) -> Encodings:
         """Return the latents of rows' pictures, to be made before the training. Raises UserError."""
         if rows.streaming:
-            raise UserError("pictures that stream are not encoded as they come: make latents of them (scaletrain encode).")
+            raise UserError("pictures that stream are not encoded as they come: do it before (scaletrain encode).")
         if options.augment != Augment():
             raise UserError("objective.augment: pictures are encoded once, before the training; leave it out.")
         pictures = options.shape(rows)

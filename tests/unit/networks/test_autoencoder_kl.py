@@ -117,7 +117,7 @@ def test_what_cannot_be_is_told(tmp_path: Path) -> None:
             build("autoencoder", read.model_copy(update={"config": config}))
     with pytest.raises(UserError, match="holds no autoencoder"):
         autoencoder_kl.load(str(tmp_path / "elsewhere"), Config(), torch.float32)
-    with pytest.raises(UserError, match="no multiple of config.groups"):
+    with pytest.raises(UserError, match=r"no multiple of config\.groups"):
         autoencoder_kl.build(Config(features=[12]))
     for shape, words in (((3, 8, 8), "3 channels"), ((1, 9, 8), "2 times smaller")):
         with pytest.raises(UserError, match=words):
