@@ -116,14 +116,17 @@ def encode(source: str, run: Path | None, data: SourceSpec, out: Path, options: 
     if out.exists():
         raise UserError(f"{out} is there already: choose another name, or remove it.")
     rows = open_rows([data])
-    network, latents, size = _of_run(run) if run else _of_pipeline(source, "image" in rows.columns)
-    encoders: list[_Encoder] = []
-    device = default_device()
-    if network is not None:
-        rows.require("image", "what is encoded")
-        encoders.append(_Pictures(network, options.size or size, device))
     if options.text:
         rows.require(options.text, "what is encoded, by --text")
+    else:
+        rows.require("image", "what is encoded")
+    pictures = "image" in rows.columns
+    network, latents, size = _of_run(run) if run else _of_pipeline(source, pictures)
+    encoders: list[_Encoder] = []
+    device = default_device()
+    if network is not None and pictures:
+        encoders.append(_Pictures(network, options.size or size, device))
+    if options.text:
         pipeline = None if run else Pipeline.open(source)
         if pipeline is None:
             raise UserError(f"--text: `{source}` is no pipeline, and has no text encoders.")
