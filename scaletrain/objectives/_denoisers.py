@@ -347,6 +347,11 @@ class Denoisers(base.Objective[C], Generic[C]):
             found[_latents.NAME] = self._autoencoder.spec
         return found
 
+    def facts(self) -> dict[str, str]:
+        """Return what names the autoencoder, if there is one."""
+        latents = self._autoencoder.latents if self._autoencoder else None
+        return {f"networks.{_latents.NAME}": latents.autoencoder} if latents else {}
+
     def ahead(self) -> Ahead | None:
         """Have the autoencoder make the latents of pictures, once."""
         return _latents.encoding(self._encodings, self._autoencoder.spec) if self._autoencoder else None

@@ -93,6 +93,7 @@ def test_pictures_are_encoded_once_and_kept(folder: Path) -> None:
             expected = network(folder)(scaled(rows), "encode")
         torch.testing.assert_close(found["latent"], expected, rtol=1e-3, atol=1e-4)  # in half precision
         assert found["label"].tolist() == [int(label) for label in rows.column("label")]
+    assert objective.facts() == {"networks.autoencoder": network(folder).latents("").autoencoder}
     again: Any = denoising(folder, condition="label")[0]
     assert not again.ahead().missing()
     (folder / "statistics.json").write_text(json.dumps({"mean": [0, 0], "variance": [1, 4], "batches": 1}))
