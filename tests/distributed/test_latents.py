@@ -25,6 +25,7 @@ def test_two_processes_encode_and_learn_as_one(engine: str, tmp_path: Path, monk
     save(build("autoencoder", spec), spec, tmp_path / "vae")
     small = [
         f"networks.autoencoder={{type: autoencoder_kl, path: {tmp_path}/vae, frozen: true}}",
+        "players.model.optimizer={type: sgd, lr: 0.01}",  # Adam makes much of the rounding of small gradients
         *("objective.clip=false", "evaluate.batch=4", "checkpoint.every=100 steps", "train.duration=6 steps"),
     ]
     words = ["run", "diffusion/ddpm", *overrides("diffusion/ddpm", tmp_path), *small, "--root", tmp_path]
