@@ -53,7 +53,9 @@ def test_arrays_come_whole_out_of_parquet(tmp_path: Path, dtype: str) -> None:
         for part, rows in (("a", slice(0, 30)), ("b", slice(30, 50))):
             pq.write_table(pa.table({"latent": column[rows]}), tmp_path / f"{name}-{part}.parquet")
         found = open_rows([SourceSpec(path=str(tmp_path / f"{name}-*.parquet"))])
-        assert np.array_equal(found.array("latent"), values)
+        whole = found.array("latent")
+        assert whole is not None
+        assert np.array_equal(whole, values)
         chosen = found.select([45, 3, 3])
         expected = torch.from_numpy(values[[45, 3, 3]].astype(np.float32))
         assert torch.equal(arrays(chosen, ["latent"]).tensors["latent"], expected)
