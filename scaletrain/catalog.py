@@ -94,8 +94,12 @@ def copy(name_or_path: str, destination: Path) -> None:
 
 def find_run(run: str, root: Path) -> Path:
     """Return a run folder, given itself or its name in `root`. Raises UserError that suggests a name."""
-    for folder in (Path(run), root / run):
-        if (folder / "recipe.yaml").is_file():
-            return folder
+    if found := is_run(run, root):
+        return found
     known = [path.parent.name for path in root.glob("*/recipe.yaml")]
     raise UserError(f"There is no run {run} here or in {root}.{did_you_mean(run, known)}")
+
+
+def is_run(run: str, root: Path) -> Path | None:
+    """Return a run folder, given itself or its name in `root`; None where there is none."""
+    return next((f for f in (Path(run), root / run) if (f / "recipe.yaml").is_file()), None)

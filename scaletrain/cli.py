@@ -47,7 +47,7 @@ def _quieten() -> None:
     libraries = r"(transformers|peft|accelerate|torch|bitsandbytes)"
     for category in (FutureWarning, DeprecationWarning, UserWarning):
         warnings.filterwarnings("ignore", category=category, module=libraries)
-    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
     own = logging.getLogger("scaletrain")
@@ -484,6 +484,38 @@ def quantize(
     written, table = quantize_run(source, folder, Form(quantize=method, group=group), data)  # type: ignore[arg-type]
     _print_written(written)
     print(table)
+
+
+@_command
+def encode(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A run with an autoencoder, or a pipeline.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="As data.train; or {path: ..., columns: ...}.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, or a new file ending in .parquet.")],
+    text: Annotated[str | None, typer.Option(metavar="COLUMN", help="Encode prompts too, by a pipeline.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of a square that pictures are brought to.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows encoded at a time.")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a file.")] = 10_000,
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    root: Root = Path("checkpoints"),
+    verbose: Verbose = False,
+) -> None:
+    """Write the latents of pictures, and what texts say, to Parquet, to train denoisers on.
+
+    \b
+    Examples:
+      scaletrain encode diffusion-latent photos/ latents/
+      scaletrain encode models/sd15 captioned.parquet latents/ --text caption --size 512
+    """
+    from scaletrain.catalog import is_run
+    from scaletrain.encode import Options
+    from scaletrain.encode import encode as write
+    from scaletrain.finished import source_of
+
+    if dtype not in ("float32", "float16"):
+        raise UserError(f"--dtype {dtype}: it is float32 or float16.")
+    options = Options(text, size, batch, rows, dtype)  # type: ignore[arg-type]
+    count = write(source, is_run(source, root), source_of(data), out, options)
+    print(f"{out}: {count:,} rows")
 
 
 @_command

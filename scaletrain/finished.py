@@ -19,6 +19,7 @@ from scaletrain.config import DataSpec, Recipe, SourceSpec, Stage
 from scaletrain.data.dataset import Dataset
 from scaletrain.data.order import key_of
 from scaletrain.engine.world import World
+from scaletrain.enrichment import do_ahead
 from scaletrain.errors import UserError, agreed
 from scaletrain.evaluation import evaluate as evaluate_set
 from scaletrain.evaluation import sources_of
@@ -154,6 +155,8 @@ def evaluate(
     try:
         run.restore()
         held = world.agree(lambda: run.held(data), main_first=True)
+        if held is not None and (ahead := run.objective.ahead()):
+            do_ahead(ahead, ahead.networks, run.stage, Shelf(folder), world, lambda: False)
         report = None if data else world.on_main(lambda: report_on(folder, world.device))
         if held is None and report is None:
             raise agreed(UserError("there is no evaluation data: give --data FILE, or data.eval in the recipe."))
@@ -184,6 +187,12 @@ def _sources(files: Sequence[str], recipe: Recipe) -> list[SourceSpec]:
     columns = known[0] if all(own == known[0] for own in known) else {}
     given = [parse(file, "--data")[0] if file.startswith("{") else {"path": file, "columns": columns} for file in files]
     return decode(DataSpec, {"train": given, "eval": given}, "--data").eval or []
+
+
+def source_of(text: str) -> SourceSpec:
+    """Read a source as data.train takes it: a path, or a YAML mapping. Raises UserError."""
+    given = parse(text, "DATA")[0] if text.startswith("{") else {"path": text}
+    return decode(SourceSpec, given, "DATA")
 
 
 def report_on(folder: Path, device: torch.device) -> Report | None:

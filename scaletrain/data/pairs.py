@@ -5,7 +5,7 @@ Noise is not kept: it is a function of the pair's number, as is its label. Shape
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from scaletrain.data.dataset import Dataset, Example
-from scaletrain.data.kept import Kept
-from scaletrain.data.order import Int, groups, key_of, seeds
-
-CALLS = 16
-"""Batches of a part at most. Each part has as many: processes that hold a teacher together call it equally often."""
+from scaletrain.data.kept import InBatches, Kept
+from scaletrain.data.order import Int, key_of, seeds
 
 Labels = npt.NDArray[np.int64]
 
@@ -36,7 +33,7 @@ def drawn_labels(count: int, classes: int, key: int) -> Labels:
     return (seeds(np.arange(count), key_of(key, "label")) % np.uint64(classes)).astype(np.int64)
 
 
-class Pairs:
+class Pairs(InBatches):
     """What a teacher makes of the noise of numbers 0 to count − 1.
 
     shape: of a sample. key: of the noise. labels: what the teacher is told (N,), if anything. batch: samples that it
@@ -53,28 +50,9 @@ class Pairs:
         stored: Literal["float32", "float16"],
         *about: object,
     ):
-        self.count, self.shape, self.key, self.labels, self.stored = count, shape, key, labels, stored
-        self._batch, self._calls = batch, min(CALLS, -(-count // batch))
+        self.shape, self.key, self.labels, self.stored = shape, key, labels, stored
         told = None if labels is None else labels.tobytes()
-        self._kept = Kept("pairs", ("made",), shape, key, told, count, batch, stored, *about)
-
-    @property
-    def _size(self) -> int:
-        return self._calls * self._batch
-
-    @property
-    def parts(self) -> int:
-        """How many there are."""
-        return -(-self.count // self._size)
-
-    def missing(self) -> list[int]:
-        """Return the numbers of the parts that are not written yet."""
-        return self._kept.missing(self.parts)
-
-    def calls(self, part: int) -> Iterator[Int]:
-        """Yield the numbers (B,) of each batch of a part; at the end, what is beyond begins anew and is not kept."""
-        for begin in range(part * self._size, (part + 1) * self._size, self._batch):
-            yield np.arange(begin, begin + self._batch) % self.count
+        super().__init__(Kept("pairs", ("made",), shape, key, told, count, batch, stored, *about), "made", count, batch)
 
     def given(self, numbers: Int) -> dict[str, Tensor]:
         """Return what the teacher makes samples of: noise (B, ...) float32 and, where it is told, label (B,)."""
@@ -84,18 +62,13 @@ class Pairs:
     def write(self, part: int, made: Callable[[dict[str, Tensor]], Tensor]) -> None:
         """Write a part, whole or not at all. made: says what the teacher makes of what it is given."""
         found = torch.cat([made(self.given(numbers)).float().cpu() for numbers in self.calls(part)])
-        left = self.count - part * self._size
-        self._kept.write(part, {"made": found[:left].numpy().astype(self.stored)})
+        self.keep(part, found.numpy().astype(self.stored))
 
     def take(self, numbers: Int) -> dict[str, Tensor]:
         """Return pairs (B,): `noise` and `made` (B, ...) float32 and, where there are, `label` (B,). Raises UserError
         when they are not there.
         """
-        part, own = np.divmod(numbers, self._size)
-        made = np.empty((len(numbers), *self.shape), np.float32)
-        for number, chosen in groups(part):
-            made[chosen] = self._kept.part(number)["made"][own[chosen]]
-        return {**self.given(numbers), "made": torch.from_numpy(made)}
+        return {**self.given(numbers), "made": torch.from_numpy(self.kept(numbers, self.shape))}
 
 
 class WithPairs(Dataset):

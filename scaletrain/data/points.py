@@ -14,15 +14,18 @@ from scaletrain.errors import UserError
 
 def points(rows: Rows, column: str = "point") -> TensorDataset:
     """Return rows of numbers as {column: (N, D) float32}. Raises UserError that names a row of another length."""
-    values = rows.column(rows.require(column, "a list of numbers"))
-    width = len(values[0])
-    for number, value in enumerate(values):
-        if len(value) != width:
-            raise UserError(f"{rows.name(number)}: `{column}` has {len(value)} numbers, the first row has {width}.")
-    with np.errstate(over="ignore"):  # it is told below
-        found = torch.from_numpy(np.asarray([np.asarray(value, np.float32) for value in values]))
+    rows.require(column, "a list of numbers")
+    if (whole := rows.array(column)) is None:
+        values = rows.column(column)
+        width = len(values[0])
+        for number, value in enumerate(values):
+            if len(value) != width:
+                raise UserError(f"{rows.name(number)}: `{column}` has {len(value)} numbers, the first row has {width}.")
+        with np.errstate(over="ignore"):  # it is told below
+            whole = np.asarray([np.asarray(value, np.float32) for value in values])
+    found = _floats(whole)
     if not found.isfinite().all():
-        bad = int((~found.isfinite()).any(1).nonzero()[0])
+        bad = int((~found.flatten(1).isfinite()).any(1).nonzero()[0])
         raise UserError(f"{rows.name(bad)}: `{column}` has a number that is not finite.")
     return TensorDataset({column: found})
 
@@ -34,15 +37,27 @@ def arrays(rows: Rows, columns: Sequence[str]) -> TensorDataset:
     """
     found = {}
     for column in columns:
-        values = [np.asarray(v, np.float32) for v in rows.column(rows.require(column, "numbers, in nested lists"))]
-        for number, value in enumerate(values):
-            if value.shape != values[0].shape:
-                raise UserError(f"{rows.name(number)}: `{column}` is {value.shape}, the first is {values[0].shape}.")
-        found[column] = torch.from_numpy(np.stack(values))
+        rows.require(column, "numbers, in nested lists")
+        if (whole := rows.array(column)) is None:
+            values = [np.asarray(value, np.float32) for value in rows.column(column)]
+            for number, value in enumerate(values):
+                if value.shape != values[0].shape:
+                    raise UserError(
+                        f"{rows.name(number)}: `{column}` is {value.shape}, the first is {values[0].shape}."
+                    )
+            whole = np.stack(values)
+        found[column] = _floats(whole)
         if not found[column].isfinite().all():
             bad = int((~found[column].flatten(1).isfinite()).any(1).nonzero()[0])
             raise UserError(f"{rows.name(bad)}: `{column}` has a number that is not finite.")
     return TensorDataset(found)
+
+
+def _floats(values: np.ndarray) -> torch.Tensor:
+    """Return numbers in float32, in memory that may be written to."""
+    with np.errstate(over="ignore"):
+        found = np.asarray(values, np.float32)
+    return torch.from_numpy(found if found.flags.writeable else found.copy())
 
 
 def draws(rows: Rows) -> TensorDataset:

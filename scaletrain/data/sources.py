@@ -19,7 +19,7 @@ import numpy as np
 from scaletrain.config import SourceSpec
 from scaletrain.data.order import Lanes, LocalOrder, Order, Ordering, key_of, permutation
 from scaletrain.data.readers import open_tables
-from scaletrain.data.tables import Head, Ints, StreamColumn, Table, gather
+from scaletrain.data.tables import ArrowColumn, Head, Ints, StreamColumn, Table, gather
 from scaletrain.errors import UserError, did_you_mean
 
 SHUFFLE_BYTES = 64 << 20
@@ -131,6 +131,25 @@ class Rows:
             return StreamColumn(self, name)
         parts = [t.column(r.get(name, name)) for t, r in zip(self._tables, self._roles, strict=True)]
         return parts[0] if len(parts) == 1 and self._indices is None else Column(parts, self._indices)
+
+    def array(self, name: str) -> np.ndarray | None:
+        """Return a column of numbers, in lists or not, as one array (N, ...), where that is how it is kept."""
+        self.require(name, "asked for by name")
+        parts: list[np.ndarray] = []
+        for table, roles in zip(self._tables, self._roles, strict=True):
+            column = table.column(roles.get(name, name))
+            found = column.array() if isinstance(column, ArrowColumn) else column
+            if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
+                return None
+            if parts and found.shape[1:] != parts[0].shape[1:]:
+                return None
+            parts.append(found)
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole if self._indices is None else whole[self._indices]
+
+    def notes(self, key: str) -> dict[str, str]:
+        """Return what files say of themselves under a key, by file."""
+        return {table.label: table.notes[key] for table in self._tables if key in table.notes}
 
     @cached_property
     def _columns(self) -> dict[str, Sequence[Any]]:

@@ -89,6 +89,8 @@ class Table(ABC):
     label: str
     columns: tuple[str, ...]
     folder: str = ""
+    notes: Mapping[str, str] = {}
+    """What its file says of itself, beside the rows."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -312,6 +314,27 @@ class ArrowColumn(Sequence[Any]):
             for start in range(0, len(chunk), 4096):
                 yield from chunk.slice(start, 4096).to_pylist()
 
+    def array(self) -> npt.NDArray[Any] | None:
+        """Return lists of numbers, nested or not, as one array (N, ...): at once. None where values are others, or of
+        several shapes.
+        """
+        import pyarrow as pa
+
+        if not len(self):
+            return None
+        values = pa.concat_arrays(self._values.chunks)
+        shape = [len(values)]
+        nested = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        while any(is_one(values.type) for is_one in nested):
+            inner = values.flatten()  # without what stands under nulls
+            size, rest = divmod(len(inner), len(values)) if len(values) else (0, 1)
+            if values.null_count or rest or (values.value_lengths().to_numpy() != size).any():
+                return None
+            shape.append(size)
+            values = inner
+        number = pa.types.is_floating(values.type) or pa.types.is_integer(values.type)
+        return values.to_numpy().reshape(shape) if number and not values.null_count else None
+
 
 @final
 class ArrowTable(Table):
@@ -341,8 +364,9 @@ class ParquetTable(Table):
     def __init__(self, file: File):
         self.label, self.folder, self._file = file.label, file.folder, file
         self._read: dict[str, ArrowColumn] = {}
-        names, self._length = self._reading(lambda p: (p.schema_arrow.names, p.metadata.num_rows))
-        self.columns = _distinct(self.label, names)
+        schema, self._length = self._reading(lambda p: (p.schema_arrow, p.metadata.num_rows))
+        self.notes = {k.decode(): v.decode(errors="replace") for k, v in (schema.metadata or {}).items()}
+        self.columns = _distinct(self.label, schema.names)
 
     def _reading(self, action: Callable[[Any], Any]) -> Any:
         import pyarrow as pa

@@ -120,9 +120,12 @@ class Pipeline:
             return {"resolution": [height, width], "aspect_ratio": [height / width]}
         return {}
 
-    @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """Return what the pipeline's text encoders say of prompts, by column. Raises UserError where there are none."""
+        return self.encoder()(prompts)
+
+    def encoder(self, device: torch.device | str = "cpu") -> Callable[[list[str]], dict[str, Tensor]]:
+        """Load the text encoders. Returns what says of prompts what they do, by column. Raises UserError."""
         import diffusers
 
         encoders = [k for k in self.index if k.startswith("text_encoder") and self.part(k)]
@@ -132,21 +135,27 @@ class Pipeline:
                 "for no text."
             )
         pipe: Any = diffusers.DiffusionPipeline.from_pretrained(self.complete(), **{self.denoiser: None, "vae": None})
+        pipe.to(device)
         kind, plain = type(pipe).__name__, {"do_classifier_free_guidance": False}
-        if kind.startswith("StableDiffusionXL"):
-            embeds, _, pooled, _ = pipe.encode_prompt(prompts, **plain)
-            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-        if kind.startswith("StableDiffusion3"):
-            embeds, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, **plain)
-            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-        if kind.startswith("Flux"):
-            embeds, pooled, _ = pipe.encode_prompt(prompts, prompts)
-            return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-        if kind.startswith("PixArt"):
-            embeds, mask, _, _ = pipe.encode_prompt(prompts, **plain)
-            return {"prompt_embeds": embeds, "prompt_attention_mask": mask.float()}
-        embeds, _ = pipe.encode_prompt(prompts, pipe.device, 1, **plain)
-        return {"prompt_embeds": embeds}
+
+        @torch.no_grad()
+        def encode(prompts: list[str]) -> dict[str, Tensor]:
+            if kind.startswith("StableDiffusionXL"):
+                embeds, _, pooled, _ = pipe.encode_prompt(prompts, **plain)
+                return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+            if kind.startswith("StableDiffusion3"):
+                embeds, _, pooled, _ = pipe.encode_prompt(prompts, prompts, prompts, **plain)
+                return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+            if kind.startswith("Flux"):
+                embeds, pooled, _ = pipe.encode_prompt(prompts, prompts)
+                return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+            if kind.startswith("PixArt"):
+                embeds, mask, _, _ = pipe.encode_prompt(prompts, **plain)
+                return {"prompt_embeds": embeds, "prompt_attention_mask": mask.float()}
+            embeds, _ = pipe.encode_prompt(prompts, pipe.device, 1, **plain)
+            return {"prompt_embeds": embeds}
+
+        return encode
 
     def null(self) -> dict[str, Tensor]:
         """Return what stands for no text, (...) each: zeros where the pipeline says so, or else the empty prompt."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from scaletrain.config import Strict
 from scaletrain.diffusion.reading import Reading
 from scaletrain.explain import decode
+from scaletrain.networks._latents import Latents
 from scaletrain.networks.mixture import Config as MixtureConfig
 
 FILE = "denoiser.json"
@@ -40,6 +41,8 @@ class Signature(Strict):
     """The mixture that data are drawn from, where there are no others."""
     pipeline: str | None = None
     """Of diffusers, that the first teacher came from: a folder or a Hub id."""
+    latents: Latents | None = None
+    """Whose latents it denoises, where that is known."""
 
     def save(self, folder: Path) -> None:
         """Write it into a network's folder."""

@@ -91,7 +91,8 @@ class _Network:
 
 
 def export_run(folder: Path, destination: Path, form: Form | None = None) -> list[Written]:
-    """Write every trained network of the newest checkpoint, averaged where an average is kept, to `destination/NAME`.
+    """Write every trained network of the newest checkpoint, averaged where an average is kept, to `destination/NAME`,
+    and frozen ones that they are of no use without.
 
     transformers, diffusers and peft load the folders as they are. Each is loaded back, by the libraries alone where
     they have the network, and compared, before it gets its name. Raises UserError when the destination is not empty or
@@ -103,7 +104,7 @@ def export_run(folder: Path, destination: Path, form: Form | None = None) -> lis
         raise UserError(f"{destination} is a file, or not empty: choose a new folder.")
     run.restore()
     specs = {k: NetworkSpec.model_validate(v) for k, v in reader.manifest(run.checkpoint)["networks"].items()}
-    trained = {name: spec for name, spec in specs.items() if not spec.frozen}
+    trained = {name: spec for name, spec in specs.items() if not spec.frozen or name in run.objective.companions}
     _check_form(trained, form)
     written: list[Written] = []
     for name, spec in trained.items():

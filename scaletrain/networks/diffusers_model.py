@@ -274,7 +274,7 @@ def _nothing(told: dict[str, Any]) -> None:
 @cache
 def _class(name: str) -> tuple[type[nn.Module], type[nn.Module]]:
     """Return a class of diffusers, and its subclass that is called as ours are. Raises UserError for another's name."""
-    diffusers = _library()
+    diffusers = library()
     if name not in _FAMILIES:
         raise UserError(
             f"config.class_name: `{name}` is none of {', '.join(_FAMILIES)}.{did_you_mean(name, _FAMILIES)}"
@@ -284,7 +284,8 @@ def _class(name: str) -> tuple[type[nn.Module], type[nn.Module]]:
     return theirs, type(name, (_FAMILIES[name], theirs), {"__module__": __name__})
 
 
-def _library() -> Any:
+def library() -> Any:
+    """Import diffusers. Raises UserError where it is not installed."""
     try:
         import diffusers
     except ImportError as error:
@@ -348,7 +349,7 @@ def read_config(path: str, subfolder: str | None = None) -> dict[str, Any]:
 
     Raises UserError when there is none.
     """
-    diffusers = _library()
+    diffusers = library()
     places = [subfolder] if subfolder else [None, "unet", "transformer"]
     for place in places:
         folder = Path(path) / place if place else Path(path)

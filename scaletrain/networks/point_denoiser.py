@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, final
 
@@ -33,7 +34,9 @@ class TimedPerceptron(nn.Module):
     def __init__(self, config: Config, outputs: int):
         super().__init__()
         self.settings = config
-        self.activation = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[config.activation]
+        self.activation: Callable[[Tensor], Tensor] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[
+            config.activation
+        ]
         self.waves = Waves(config.fastest)
         self.first = nn.Linear(config.dim, config.hidden[0])
         self.times = nn.Linear(2 * len(self.waves.frequencies), config.hidden[0])

@@ -1,7 +1,8 @@
 """What diffusion and all ways to distil it share: what is denoised, which networks do so, and what they are told.
 
 A batch has what is denoised in the column `image`, `latent` or `point`, or nothing but `draw`, where data are drawn
-from the teacher; and with classes, `label`.
+from the teacher; and with classes, `label`. With a network `autoencoder`, pictures are encoded, once, before the
+training.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.classes import Classes
 from scaletrain.data.dataset import Dataset, TensorDataset
+from scaletrain.data.encoded import Encodings
 from scaletrain.data.images import ImageOptions
 from scaletrain.data.points import arrays, draws, points
 from scaletrain.data.sources import Rows
@@ -32,8 +34,9 @@ from scaletrain.diffusion.solvers import Solver
 from scaletrain.errors import UserError
 from scaletrain.explain import decode
 from scaletrain.networks import mixture
-from scaletrain.objectives import base
-from scaletrain.objectives.base import Networks, completed
+from scaletrain.networks._latents import Latents
+from scaletrain.objectives import _latents, base
+from scaletrain.objectives.base import Ahead, Networks, completed
 from scaletrain.player import Batch, Turn
 from scaletrain.shelf import Shelf
 
@@ -80,6 +83,7 @@ class Denoisers(base.Objective[C], Generic[C]):
     trained: ClassVar[str] = "student"
     turns: tuple[Turn, ...] = (Turn("train", "student"),)
     throughput = "samples"
+    companions: ClassVar[tuple[str, ...]] = (_latents.NAME,)
     tells: tuple[str, ...] = ()
     """What the trained network is told beside its condition, of `guidance` and `target`."""
     needs_teacher: bool = True
@@ -96,6 +100,8 @@ class Denoisers(base.Objective[C], Generic[C]):
         self._signature: Signature | None = None
         self._texts: Mapping[str, Tensor] = {}
         self._null: Mapping[str, Tensor] = {}
+        self._autoencoder = _latents.Autoencoder(recipe) if _latents.NAME in recipe.networks else None
+        self._encodings: list[Encodings] = []
         spec = recipe.networks.get("teacher")
         self._source: mixture.Mixture | None = None
         self._exact = spec is not None and spec.type == "mixture"
@@ -123,6 +129,8 @@ class Denoisers(base.Objective[C], Generic[C]):
             if (folders[self.trained] / "classes.json").exists():
                 self._classes = Classes.load(folders[self.trained])
             self._texts, self._null = texts.load(folders[self.trained])
+        if self._autoencoder is not None:
+            self._autoencoder = _latents.Autoencoder(self.recipe, folders.get(_latents.NAME))
         with suppress(UserError):  # for samples, folders need not be there
             self._look()
 
@@ -141,9 +149,11 @@ class Denoisers(base.Objective[C], Generic[C]):
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find what is denoised, its shape and, where they are told, its classes. Raises UserError."""
         self._look()
+        self._encodings = []
         config, before = self.config, self._teacher or self._signature
         condition = config.condition or (before.condition if before else None)
         space = self._space(train)
+        self._check_space(space, before)
         if (
             "label" in train.columns
             and self._classes is None
@@ -166,7 +176,9 @@ class Denoisers(base.Objective[C], Generic[C]):
                     f"`latent` has {shape[0]} channels, and the network denoises {before.shape[0]}: these are latents "
                     "of another autoencoder."
                 )
-        self._check_judge(shape)
+        if space == "image" or "image" in train.columns:  # of latents in files, it shows when they are decoded
+            self._check_judge(self.config.shape(train) if space == "latent" else shape)
+        latents = self._whose(train, eval) if space == "latent" else None
         if condition == "text":
             self._read_texts(train, before)
         own, reading = self._signature, self._reading(found)
@@ -188,6 +200,7 @@ class Denoisers(base.Objective[C], Generic[C]):
             guidance=scales,
             source=self._source.config if self._source else None,
             pipeline=before.pipeline if before else None,
+            latents=latents,
         )
         if self.needs_teacher and config.guidance != 1:
             self.require_guidable()
@@ -221,6 +234,17 @@ class Denoisers(base.Objective[C], Generic[C]):
                 raise UserError("objective.no_text is missing: a safetensors file with what stands for no text.")
             self._null = found.null()
 
+    def _whose(self, *data: Rows | None) -> Latents | None:
+        """Return whose latents all are that have to do with them. Raises UserError for those of two autoencoders."""
+        known: list[tuple[str, Latents | None]] = []
+        for name, signature in (("teacher", self._teacher), (self.trained, self._signature)):
+            known += [(f"networks.{name} denoises", signature.latents)] if signature else []
+        if self._autoencoder is not None:
+            known.append((f"networks.{_latents.NAME} makes", self._autoencoder.latents))
+        for rows in data:
+            known += _latents.told_by(rows)
+        return _latents.agreed(known)
+
     def _space(self, rows: Rows) -> Space:
         if "draw" in rows.columns:
             if self._teacher is not None:
@@ -228,17 +252,33 @@ class Denoisers(base.Objective[C], Generic[C]):
             if self._source is None:
                 raise UserError("data.train=noise:N is for objectives whose teacher tells what it denoises.")
             return "point"
+        if self._autoencoder is not None and not {"image", "latent"}.isdisjoint(rows.columns):
+            return "latent"
         for space in ("image", "latent", "point"):
             if space in rows.columns:
                 return space
         rows.require("image", "what is denoised: `image`, `latent` or `point`")
         raise AssertionError
 
+    @staticmethod
+    def _check_space(space: Space, before: Signature | None) -> None:
+        """Raise UserError where pictures are given to what denoises latents, or latents to what denoises pictures."""
+        if before and (space, before.space) == ("image", "latent"):
+            raise UserError(
+                f"networks.{_latents.NAME} is missing: the network denoises latents, and the data are pictures. Name "
+                "the autoencoder of those latents, frozen, or encode the data by it (scaletrain encode)."
+            )
+        if before and (space, before.space) == ("latent", "image"):
+            raise UserError("the network denoises pictures: give such, and leave networks.autoencoder out.")
+
     def _measure(self, rows: Rows, space: Space, before: Signature | None) -> tuple[tuple[int, ...], float]:
         """Return the shape of a sample, and the standard deviation of its values."""
         if "draw" in rows.columns:
             assert before is not None
             return before.shape, before.reading.data_std
+        if space == "latent" and space not in rows.columns:
+            assert self._autoencoder is not None
+            return self._autoencoder.shape(self.config, rows), 1.0
         if space == "image":
             shape: tuple[int, ...] = self.config.shape(rows)
             some = self.config.pictures(rows.sample(1000), False, shape)  # type: ignore[arg-type]
@@ -295,6 +335,10 @@ class Denoisers(base.Objective[C], Generic[C]):
         signature = self.signature
         if signature.space == "image":
             return self.config.pictures(rows, training, signature.shape, self._classes)  # type: ignore[arg-type]
+        if self._autoencoder is not None and signature.space not in rows.columns:
+            made = self._autoencoder.encodings(self.config, rows, signature.shape, self.recipe)
+            self._encodings.append(made)
+            return _latents.encoded(rows, made, self._classes)
         if signature.condition is None:
             return points(rows, signature.space)
         found = arrays(rows, [signature.space, *signature.texts]).tensors
@@ -313,7 +357,18 @@ class Denoisers(base.Objective[C], Generic[C]):
         found = {self.trained: self.denoiser_spec(self.trained, tells)}
         if "teacher" in self.recipe.networks:
             found["teacher"] = self.recipe.networks["teacher"].model_copy(update={"frozen": True})
+        if self._autoencoder is not None:
+            found[_latents.NAME] = self._autoencoder.spec
         return found
+
+    def facts(self) -> dict[str, str]:
+        """Return what names the autoencoder, if there is one."""
+        latents = self._autoencoder.latents if self._autoencoder else None
+        return {f"networks.{_latents.NAME}": latents.autoencoder} if latents else {}
+
+    def ahead(self) -> Ahead | None:
+        """Have the autoencoder make the latents of pictures, once."""
+        return _latents.encoding(self._encodings, self._autoencoder.spec) if self._autoencoder else None
 
     def denoiser_spec(self, name: str, tells: tuple[str, ...] = ()) -> NetworkSpec:
         """Return a denoiser of this name, which is told the shape of a sample and what else it will be called with."""

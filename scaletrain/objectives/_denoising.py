@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from scaletrain.diffusion.signature import Space
 from scaletrain.diffusion.solvers import sample
 from scaletrain.evaluate.few_steps import Sampler, compare
 from scaletrain.evaluate.judges import Classifier, Judging, ModesJudge, PictureJudge, Real
-from scaletrain.objectives import _denoisers
+from scaletrain.objectives import _denoisers, _latents
 from scaletrain.objectives._denoisers import Config as Config
 from scaletrain.objectives.base import Networks, Report, Request, RunView, Samples
 
@@ -54,13 +55,22 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
         """Draw pictures or points; with classes, each in turn."""
         signature, generator = self.signature, request.generator
         noise = torch.randn(request.count, *signature.shape, generator=generator, device=generator.device)
-        return self.shown(self.sampler(networks[self.trained])(noise, self.steps, self.conditions(noise)))
+        found = self.sampler(networks[self.trained])(noise, self.steps, self.conditions(noise))
+        return self.shown(self._ending(networks.get(_latents.NAME))(found))
+
+    def _ending(self, autoencoder: nn.Module | None) -> Callable[[Tensor], Tensor]:
+        """Return what becomes of samples: pictures stay in [-1, 1], latents become such where that is possible."""
+        if self.signature.space == "image":
+            return lambda x0: x0.clamp(-1, 1)
+        if self.signature.space == "latent" and autoencoder is not None:
+            return partial(_latents.pictures_of, autoencoder)
+        return lambda x0: x0
 
     def shown(self, x0: Tensor) -> Samples:
         """Return x₀ as samples."""
         if x0.dim() == 2:
             return Samples(points=x0)
-        return Samples(images=(x0 if x0.shape[1] < 3 else x0[:, :3]) / 2 + 0.5)  # of latents, some channels
+        return Samples(images=x0[:, : 3 if x0.shape[1] >= 3 else 1] / 2 + 0.5)  # of latents, some channels
 
     # --- as a pipeline of diffusers -----------------------------------------------------------------------------------
 
@@ -83,7 +93,8 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
         scheduler = self.scheduler(source.part("scheduler") if source else {})
         if scheduler is None:
             return None
-        plain = signature.condition is None and scheduler["_class_name"] == "DDIMScheduler"
+        plain = signature.condition is None and signature.space == "image"
+        plain = plain and scheduler["_class_name"] == "DDIMScheduler"
         if source is None and not plain:  # diffusers has a pipeline for a network alone where it samples by DDIM
             return None
         return pipelines.Plan(source, scheduler, signature, self.steps, self.conditions, self.sampler)
@@ -102,7 +113,9 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
         """Compare the first teacher of the run and all students, from the same noise, with real samples."""
         if not self.needs_teacher:
             return None
-        judge = self._judge(view)
+        stage = view.stages[-1]
+        ending = self._ending(view.network(stage, _latents.NAME) if _latents.NAME in self.recipe.networks else None)
+        judge = self._judge(view, ending)
         if judge is None:
             return Report("No held-out samples to compare with: set data.eval or data.holdout.")
         stages = {name: found for name in view.stages if isinstance(found := view.objective(name), Objective)}
@@ -123,7 +136,7 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
         noise = torch.randn(count, *shape, generator=generator, device=view.device)
         told = self.conditions(noise)
         size = _BATCH if self.signature.space == "point" else self.recipe.evaluation_batch
-        wrap = _in_parts(self.signature.space == "image", size, key_of(view.seed, "draws"))
+        wrap = _in_parts(ending, size, key_of(view.seed, "draws"))
         by_steps = {n: wrap(sampler) for n, sampler in students.items()}
         return compare(wrap(teacher), own, by_steps, self.config.compare_at, noise, told, judge, self.shown)
 
@@ -131,11 +144,12 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
     def _count(self) -> int:
         return self.config.compare_samples or (12_000 if self._source else 2048)
 
-    def _judge(self, view: RunView) -> Judging | None:
+    def _judge(self, view: RunView, ending: Callable[[Tensor], Tensor]) -> Judging | None:
         if self._source is not None:
             return ModesJudge(self._source.to(view.device), view.seed)
         parts = view.data.train, view.data.eval
-        train, held = (_real(part, self.signature.space, view.device) if part else None for part in parts)
+        size, space = self.recipe.evaluation_batch, self.signature.space
+        train, held = (_real(part, space, size, ending, view.device) if part else None for part in parts)
         if held is None:
             return None
         train, held = (train, held) if train else held.halves()
@@ -143,30 +157,35 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
         return PictureJudge(train, held, Classifier(view.other(source)) if source else None, self._count)
 
 
-def _in_parts(pictures: bool, size: int, seed: int) -> Callable[[Sampler], Sampler]:
-    """Have a sampler take some samples at a time; pictures end in [-1, 1].
+def _in_parts(ending: Callable[[Tensor], Tensor], size: int, seed: int) -> Callable[[Sampler], Sampler]:
+    """Have a sampler take some samples at a time.
 
-    seed: of what it draws itself: the same for all samplers, and not that of the noise that they begin with.
+    ending: what becomes of its samples. seed: of what it draws itself: the same for all samplers, and not that of the
+    noise that they begin with.
     """
 
     def wrap(sampler: Sampler) -> Sampler:
         def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
             torch.manual_seed(seed)
             parts = [
-                sampler(part, steps, {k: v[i * size :][: len(part)] for k, v in told.items()})
+                ending(sampler(part, steps, {k: v[i * size :][: len(part)] for k, v in told.items()}))
                 for i, part in enumerate(noise.split(size))
             ]
-            return torch.cat(parts).clamp(-1, 1) if pictures else torch.cat(parts)
+            return torch.cat(parts)
 
         return draw
 
     return wrap
 
 
-def _real(dataset: Dataset | Stream, space: Space, device: torch.device) -> Real | None:
-    """Return some samples of the data; None where rows hold nothing."""
+def _real(
+    dataset: Dataset | Stream, space: Space, size: int, ending: Callable[[Tensor], Tensor], device: torch.device
+) -> Real | None:
+    """Return some samples of the data; None where rows hold nothing. Latents come through the autoencoder, too."""
     assert isinstance(dataset, Dataset)  # one sample a row
     count = min(len(dataset), 10_000)
     spread = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()  # files may stand class by class
     batch = dataset.batch(spread, np.arange(count, dtype=np.uint64))
-    return Real(batch[space].to(device), batch.get("label")) if space in batch else None
+    if space not in batch:
+        return None
+    return Real(torch.cat([ending(part.to(device)) for part in batch[space].split(size)]), batch.get("label"))

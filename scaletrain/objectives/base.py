@@ -118,6 +118,21 @@ class Ahead:
     do: Callable[[Networks, torch.device, int], None]
 
 
+def together(first: Ahead | None, second: Ahead) -> Ahead:
+    """Return the work of both: parts of the second have odd numbers."""
+    if first is None:
+        return second
+    works = first, second
+
+    def missing() -> list[int]:
+        return sorted(2 * part + i for i, work in enumerate(works) for part in work.missing())
+
+    def do(networks: Networks, device: torch.device, part: int) -> None:
+        works[part % 2].do(networks, device, part // 2)
+
+    return Ahead({**first.networks, **second.networks}, missing, do)
+
+
 class Objective(ABC, Generic[C]):
     """A family's training rule over named networks. Subclasses are final and called `Objective`."""
 
@@ -135,6 +150,8 @@ class Objective(ABC, Generic[C]):
     """Whether the loss needs `survey`. Set it in the same way."""
     differentiates_forward: ClassVar[bool] = False
     """Whether the loss differentiates networks forward, by dual numbers."""
+    companions: ClassVar[tuple[str, ...]] = ()
+    """Frozen networks that are exported with the trained ones."""
     throughput: ClassVar[str] = "samples"
     """The unit, among those of `counts` or `samples`, that the progress line gives per second."""
 

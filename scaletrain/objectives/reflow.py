@@ -29,7 +29,7 @@ from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _denoising
 from scaletrain.objectives._identity import identity
-from scaletrain.objectives.base import Ahead, Networks, RunView
+from scaletrain.objectives.base import Ahead, Networks, RunView, together
 from scaletrain.player import Batch, Term, Turn
 
 
@@ -146,7 +146,7 @@ class Objective(_denoising.Objective[Config]):
 
             pairs.write(number, made)
 
-        return Ahead({"teacher": super().networks()["teacher"]}, missing, do)
+        return together(super().ahead(), Ahead({"teacher": super().networks()["teacher"]}, missing, do))
 
     # --- in the loop --------------------------------------------------------------------------------------------------
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from scaletrain.catalog import names
+from scaletrain.catalog import info, names
 from scaletrain.recipe import check, load, resolved_yaml, stages
 from tests.launch import metrics, run, start, steps
 from tests.recipes.tiny import make_data, overrides
 
 pytestmark = pytest.mark.slow
-RECIPES = names()
+WITHOUT = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers is not installed")
+RECIPES = [pytest.param(name, marks=WITHOUT) if "diffusers" in info(name).needs else name for name in names()]
 
 
 @pytest.fixture(scope="module")

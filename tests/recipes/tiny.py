@@ -215,6 +215,13 @@ def overrides(recipe: str, folder: Path) -> list[str]:
             ]
             for name in ("ddpm", "edm", "flow")
         },
+        "diffusion/latent": [
+            "data.train.rows=200",
+            "objective.compare_samples=64",
+            *(f"stages.{name}.train.duration=12 steps" for name in ("autoencoder", "denoiser", "student")),
+            "stages.autoencoder.networks.autoencoder.config={features: [8, 8], latent_channels: 2, groups: 4}",
+            "stages.denoiser.networks.model.config={features: [8, 16], middle: 1}",
+        ],
         "vision/cnn": ["data.train.rows=200"],
         "vision/resnet18": [
             "data.train=sklearn:digits",

@@ -13,7 +13,8 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from scaletrain.data.cache import cache_root
-from scaletrain.data.pairs import CALLS, Pairs, WithPairs, drawn_labels, normal
+from scaletrain.data.kept import CALLS
+from scaletrain.data.pairs import Pairs, WithPairs, drawn_labels, normal
 from scaletrain.data.points import draws
 from scaletrain.data.sources import Rows
 from scaletrain.data.tables import ArrayTable
