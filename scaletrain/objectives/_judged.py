@@ -10,11 +10,11 @@ from typing import Generic, TypeVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.sources import Rows
-from scaletrain.diffusion.solvers import sample
+from scaletrain.diffusion.solvers import Solver
 from scaletrain.diffusion.times import Times, Uniform
 from scaletrain.errors import UserError
 from scaletrain.evaluate.distances import energy_scores
@@ -85,10 +85,10 @@ class Objective(_denoising.Objective[C], Generic[C]):
         some = next(iter(batch.values()))
         return torch.randn(len(some), *self.signature.shape, device=some.device)
 
-    def sampler(self, network: nn.Module) -> Sampler:
-        """Return how samples are drawn from the student."""
-        denoiser = self.drawing(network)
-        return lambda noise, steps, told: sample(denoiser.given(**told), noise, steps, "renoise")
+    @property
+    def drawn_by(self) -> Solver:
+        """The solver of samples: x₀ is noised anew."""
+        return "renoise"
 
     def samplers(self, view: RunView, stage: str) -> dict[int, Sampler]:
         """Return the student, at its own number of steps."""

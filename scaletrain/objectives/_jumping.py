@@ -66,6 +66,11 @@ class Objective(_denoising.Objective[C], Generic[C]):
         if config.learn == "data" and config.guidance != 1:
             raise UserError("objective.guidance: data are not guided; set objective.learn=teacher, or leave it out.")
 
+    @property
+    def drawn_by(self) -> None:
+        """None: samples are drawn by jumps, to times that the student is told."""
+        return None
+
     @abstractmethod
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
         """Return jumps of noisy samples of data x₀ (B, ...), without gradients."""
