@@ -232,12 +232,13 @@ def scheduler_of(
         return {**(known if same else own), "stochastic_sampling": solver == "renoise"}
     if solver == "ddim":
         schedule = schedule_of(reading, known, "DDIMScheduler")
-        options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 0, "clip_sample": clip}
+        options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 1, "clip_sample": clip}
         return schedule and {**schedule, **options}
     schedule = schedule_of(reading, known, "LCMScheduler")
     if schedule is None or schedule["num_train_timesteps"] % steps:  # of others, it rounds the times otherwise
         return None
-    return {**schedule, "original_inference_steps": schedule["num_train_timesteps"], "clip_sample": clip}
+    options = {"original_inference_steps": schedule["num_train_timesteps"], "steps_offset": 1, "clip_sample": clip}
+    return {**schedule, **options}
 
 
 def schedule_of(reading: Reading, known: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -47,9 +47,10 @@ class TimedPerceptron(nn.Module):
         label: Tensor | None = None,
         guidance: Tensor | None = None,
         target: Tensor | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Apply the network."""
-        features = self.conditions(self.times(self.waves(t)), label, guidance, target)
+        features = self.conditions(self.times(self.waves(t)), label, guidance, target, text)
         h = F.silu(self.first(z) + features)
         for layer in self.layers:
             h = F.silu(layer(h))

@@ -26,8 +26,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pairs_of(count: int = 75, batch: int = 2, **options: object) -> Pairs:
-    labels = np.arange(count) % 3
-    return Pairs(count, (2,), 5, labels, batch, "float32", *options.values())
+    return Pairs(count, (2,), 5, {"label": torch.arange(count) % 3}, batch, "float32", *options.values())
 
 
 def made(given: dict[str, Tensor]) -> Tensor:
@@ -138,7 +137,7 @@ def test_half_precision_is_kept_in_half_the_space() -> None:
     sizes: list[int] = []
     kinds: tuple[Literal["float32"], Literal["float16"]] = ("float32", "float16")
     for stored in kinds:
-        pairs = Pairs(4000, (8,), 5, None, 500, stored, "x")
+        pairs = Pairs(4000, (8,), 5, {}, 500, stored, "x")
         for part in pairs.missing():
             pairs.write(part, lambda given: 3 * given["noise"])
         found = pairs.take(np.arange(100))
