@@ -212,7 +212,9 @@ def write_data(folder: Path, family: str, shape: tuple[int, ...], rows: int = 16
 
 
 def distil(folder: Path, data: Path, root: Path, **changes: Any) -> Path:
-    """Train a student of a pipeline in `folder` for some steps; changes: to the recipe, where a method is whole."""
+    """Train a student of a pipeline in `folder` for some steps; changes: to the recipe, where a method is whole and
+    None leaves something out.
+    """
     from scaletrain.runs import train
 
     recipe: dict[str, Any] = {
@@ -235,5 +237,6 @@ def distil(folder: Path, data: Path, root: Path, **changes: Any) -> Path:
 
 def _merged(old: Any, new: Any) -> Any:
     if isinstance(old, dict) and isinstance(new, dict):
-        return {**old, **{k: _merged(old.get(k), v) for k, v in new.items()}}
+        found = {**old, **{k: _merged(old.get(k), v) for k, v in new.items()}}
+        return {k: v for k, v in found.items() if v is not None}
     return new

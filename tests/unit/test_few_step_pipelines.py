@@ -66,3 +66,77 @@ def test_every_family_is_distilled_exported_and_sampled(
     old, new = (dict(part_of(p).named_parameters()) for p in (before, pipe))
     assert any(not torch.equal(old[key], new[key]) for key in new)
     assert samples(pipe, family).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("method", ["criticised", "adversarial", "reflow"])
+@pytest.mark.parametrize("family", ["stable_diffusion", "flux", "pixart"])
+def test_critics_and_pairs_have_texts_and_scales(family: str, method: str, pipes: Pipes, tmp_path: Path) -> None:
+    folder, _ = pipes(family)
+    changes = METHODS[method]
+    if family == "flux":
+        changes = {**changes, "objective": {**changes["objective"], "guidance": 3.5}}
+    run = distil(folder, write_data(tmp_path, family, (4, SIDE, SIDE)), tmp_path, **changes)
+    written = {w.path.name: w for w in export_run(run, tmp_path / "out")}["student"]
+    assert "samples of 4 steps from the same noise" in written.notes[0]
+    called = (written.path / "README.md").read_text()
+    assert f"guidance_scale={3.5 if family == 'flux' else 1.0}" in called
+    if method != "reflow":
+        width = load_file(run / "latest/networks/critic/model.safetensors")["times.conditions.text.weight"].shape[1]
+        assert width == (10 if family == "flux" else 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lcm", "dmd2"])
+def test_of_a_lora_student_the_adapter_alone_is_kept(method: str, pipes: Pipes, tmp_path: Path) -> None:
+    """It is loaded over the teacher's pipeline by diffusers alone, in a process of its own, and gives our samples."""
+    folder, before = pipes("stable_diffusion")
+    adapter = {"type": "lora", "r": 2, "alpha": 6, "targets": ["to_q", "to_v"]}
+    changes = {**METHODS[method], "networks": {"student": {"adapter": adapter}}}
+    run = distil(folder, write_data(tmp_path, "stable_diffusion", (4, SIDE, SIDE)), tmp_path, **changes)
+    whole = sum(p.numel() for p in before.unet.parameters())
+    for network in ("student", "fake_score") if method == "dmd2" else ("student",):
+        held = run / "latest/networks" / network
+        assert [p.relative_to(held).as_posix() for p in held.rglob("*.safetensors") if "texts" not in p.parts] == [
+            "adapter_model.safetensors"
+        ]
+        state = load_file(held / "adapter_model.safetensors")
+        assert all("lora_" in key for key in state)
+        assert sum(v.numel() for v in state.values()) < whole / 20
+    written = {w.path.name: w for w in export_run(run, tmp_path / "out")}["student"]
+    assert "as a LoRA" in written.notes[0]
+    assert {p.name for p in written.path.iterdir()} == {"README.md", "pytorch_lora_weights.safetensors", "scheduler"}
+    assert all("lora_" in key for key in load_file(written.path / "pytorch_lora_weights.safetensors"))
+    called = (written.path / "README.md").read_text()
+    assert "LCMScheduler.from_pretrained" in called
+    assert "load_lora_weights" in called
+    adapted, plainly = (samples(plain.load(*of), "stable_diffusion") for of in ((str(written.path), str(folder)), (str(folder), None)))
+    assert not torch.allclose(adapted, plainly)
+    (merged,) = (w for w in export_run(run, tmp_path / "merged", Form(merge=True)) if w.path.name == "student")
+    assert "as a pipeline" in merged.notes[0]
+    torch.testing.assert_close(samples(plain.load(str(merged.path), None), "stable_diffusion"), adapted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("family", [f for f in CONDITIONAL if f != "flux"])
+def test_a_model_that_is_guided_by_two_calls_is_exported_with_its_scale(
+    family: str, pipes: Pipes, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    folder, _ = pipes(family)
+    null = {k: v[0] for k, v in texts(family).items()}
+    objective = {"type": "diffusion", "dropped": 0.5, "guidance": 3.0}
+    if null:
+        save_file(null, tmp_path / "none.safetensors")
+        objective |= {"no_text": str(tmp_path / "none.safetensors")}
+    objective["condition"] = "text" if null else "label"
+    networks = {"student": None, "teacher": None, "model": {"type": "diffusers_model", "path": str(folder)}}
+    data = write_data(tmp_path, family, (4, SIDE, SIDE))
+    players = {"student": None, "model": ADAM}
+    run = distil(folder, data, tmp_path, objective=objective, networks=networks, players=players)
+    (written,) = export_run(run, tmp_path / "out")
+    assert "samples of 4 steps from the same noise" in written.notes[0]
+    assert "guidance_scale=3.0" in (written.path / "README.md").read_text()
