@@ -199,19 +199,16 @@ def texts(family: str, count: int = COUNT) -> dict[str, torch.Tensor]:
 
 
 def write_data(folder: Path, family: str, shape: tuple[int, ...], rows: int = 16) -> Path:
-    """Write random latents, or pictures, and what a family is told of them."""
+    """Write random latents, and what a family is told of them."""
     torch.manual_seed(1)
-    columns = {
-        "image" if family == "unconditional" else "latent": 0.5 * torch.randn(rows, *shape),
-        **texts(family, rows),
-    }
+    columns = {"latent": 0.5 * torch.randn(rows, *shape), **texts(family, rows)}
     if family == "dit":
         columns["label"] = torch.arange(rows)
     pq.write_table(pa.table({k: v.tolist() for k, v in columns.items()}), folder / "data.parquet")
     return folder / "data.parquet"
 
 
-def distil(folder: Path, data: Path, root: Path, **changes: Any) -> Path:
+def distil(folder: Path, data: Path | str, root: Path, **changes: Any) -> Path:
     """Train a student of a pipeline in `folder` for some steps; changes: to the recipe, where a method is whole and
     None leaves something out.
     """
