@@ -6,13 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from scaletrain.config import Recipe, SourceSpec
+from scaletrain.data.dataset import Dataset
+from scaletrain.data.sources import open_rows
+from scaletrain.diffusion.pipelines import Pipeline, Plan, scheduler_of
+from scaletrain.export import pipeline as exporting
 from scaletrain.export import plain_pipeline as plain
 from scaletrain.export.run import Form, export_run
+from scaletrain.networks import diffusers_model
+from scaletrain.recipe import objective_of
 from tests.unit.diffusers_pipelines import COUNT, FAMILIES, SIDE, STEPS, Pipes, distil, texts, write_data
+from tests.unit.objectives.prepared import prepared
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -90,6 +100,45 @@ def test_critics_and_pairs_have_texts_and_scales(family: str, method: str, pipes
         assert width == (10 if family == "flux" else 12)
 
 
+@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "flux"])
+def test_pairs_are_samples_of_the_pipeline_itself(family: str, pipes: Pipes, tmp_path: Path) -> None:
+    """From the noise of each number, by the text of its row and, if it is told one, a scale of its own."""
+    folder, pipe = pipes(family)
+    data = write_data(tmp_path, family, (4, SIDE, SIDE), rows=3)
+    teacher = {"type": "diffusers_model", "path": str(folder), "frozen": True}
+    recipe = Recipe.model_validate({
+        "objective": {"type": "reflow", "teacher_steps": STEPS},
+        "networks": {"teacher": teacher, "student": {**teacher, "frozen": False}},
+        "data": {"train": str(data)},
+    })  # fmt: skip
+    own = objective_of(recipe)
+    rows = prepared(own, open_rows([SourceSpec(path=str(data))]), None).train
+    ahead = own.ahead()
+    network = {"teacher": diffusers_model.load(str(folder), diffusers_model.Config(), torch.float32)}
+    for part in ahead.missing():
+        with torch.no_grad():
+            ahead.do(network, torch.device("cpu"), part)
+    assert isinstance(rows, Dataset)
+    batch = rows.batch([2, 0, 1], np.zeros(3, np.uint64))
+    source = Pipeline.open(str(folder))
+    assert source is not None
+    signature = own.signature
+    scheduler = scheduler_of(signature.reading, False, source.part("scheduler"))
+    assert scheduler is not None
+    plan = Plan(source, scheduler, signature, STEPS, lambda noise: {}, lambda network: lambda noise, steps, told: noise)
+    pipe.scheduler = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
+    columns = pq.read_table(data).to_pydict()
+    if signature.guidance:
+        assert len(batch["guidance"].unique()) == 3
+    for i, row in enumerate((2, 0, 1)):
+        told = {k: torch.tensor(columns[k])[row : row + 1] for k in signature.texts}
+        told |= {"guidance": batch["guidance"][i : i + 1]} if signature.guidance else {}
+        inputs, options = exporting._inputs(plan, batch["noise"][i : i + 1], told), exporting._options(plan, told)
+        theirs = plain.samples(pipe, inputs, 0, options)
+        ours = exporting._as_given(plan, batch["made"][i : i + 1])
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4 * float(theirs.abs().max()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lcm", "dmd2"])
 def test_of_a_lora_student_the_adapter_alone_is_kept(
@@ -136,8 +185,6 @@ def test_of_a_lora_student_the_adapter_alone_is_kept(
 def test_a_model_that_is_guided_by_two_calls_is_exported_with_its_scale(
     family: str, pipes: Pipes, tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     folder, _ = pipes(family)
     null = {k: v[0] for k, v in texts(family).items()}
     objective = {"type": "diffusion", "dropped": 0.5, "guidance": 3.0}
@@ -158,8 +205,6 @@ def test_a_model_that_is_guided_by_two_calls_is_exported_with_its_scale(
 @pytest.mark.usefixtures("here")
 def test_a_student_that_is_told_the_scale_is_a_teacher_in_turn(pipes: Pipes, tmp_path: Path) -> None:
     """Latent consistency at many scales; then distribution matching, whose networks are told them, too."""
-    from safetensors.torch import save_file
-
     folder, _ = pipes("stable_diffusion")
     data = write_data(tmp_path, "stable_diffusion", (4, SIDE, SIDE))
     save_file({k: v[0] for k, v in texts("stable_diffusion").items()}, tmp_path / "none.safetensors")

@@ -13,7 +13,7 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from scaletrain.data.cache import cache_root
-from scaletrain.data.pairs import CALLS, Pairs, WithPairs, drawn_labels, normal
+from scaletrain.data.pairs import CALLS, Pairs, WithPairs, drawn_labels, drawn_scales, normal
 from scaletrain.data.points import draws
 from scaletrain.data.sources import Rows
 from scaletrain.data.tables import ArrayTable
@@ -57,6 +57,9 @@ def test_noise_and_label_are_functions_of_the_number_alone() -> None:
     labels = drawn_labels(9000, 3, key=1)
     assert np.array_equal(drawn_labels(100, 3, key=1), labels[:100])
     assert np.bincount(labels).tolist() == pytest.approx([3000] * 3, abs=200)
+    scales = drawn_scales(9000, 1.0, 4.0, key=1)
+    assert np.array_equal(drawn_scales(100, 1.0, 4.0, key=1), scales[:100])
+    assert kstest(scales, "uniform", args=(1.0, 3.0)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 75])

@@ -17,6 +17,7 @@ from scaletrain.data.tables import ArrayTable
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import Cosine
 from scaletrain.diffusion.reading import Reading
+from scaletrain.diffusion.texts import summary
 from scaletrain.evaluate.distances import energy_distance
 from scaletrain.networks.build import build
 from scaletrain.objectives.adversarial import Config, Objective
@@ -139,7 +140,7 @@ def test_each_turn_gives_gradients_to_its_own_player(contest: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["point_critic", "conv_critic"])
-def test_critics_are_told_the_time_and_the_class(kind: str) -> None:
+def test_critics_are_told_the_time_the_class_and_the_text(kind: str) -> None:
     shape = {"dim": 2} if kind == "point_critic" else {"channels": 1, "height": 8, "width": 8, "features": [8, 16]}
     critic = build("critic", NetworkSpec(type=kind, config={**shape, "classes": 3}))
     for parameter in critic.parameters():
@@ -150,6 +151,23 @@ def test_critics_are_told_the_time_and_the_class(kind: str) -> None:
     assert said.shape == (4,)
     assert len({round(v, 5) for v in said.tolist()}) == 4
     torch.testing.assert_close(critic(z[3:], t[3:]), said[3:])  # the last label is none
+    reader = build("critic", NetworkSpec(type=kind, config={**shape, "text": 5}))
+    text, plain = torch.randn(4, 5), reader(z, t)
+    torch.testing.assert_close(reader(z, t, text=text), plain)  # which at first is not heeded
+    for parameter in reader.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    same = reader(z[:1].expand_as(z), t[:1].expand(4), text=text)
+    assert len({round(v, 5) for v in same.tolist()}) == 4
+    torch.testing.assert_close(reader(z, t, text=3 * text + 1), reader(z, t, text=text), rtol=1e-3, atol=1e-4)
+
+
+def test_a_texts_vector_is_the_encoders_or_the_mean_of_what_is_not_masked() -> None:
+    embeds, pooled = torch.randn(2, 3, 4), torch.randn(2, 5)
+    assert torch.equal(summary({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}), pooled)
+    torch.testing.assert_close(summary({"prompt_embeds": embeds}), embeds.mean(1))
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    found = summary({"prompt_embeds": embeds, "prompt_attention_mask": mask})
+    torch.testing.assert_close(found, torch.stack([embeds[0, :2].mean(0), embeds[1].mean(0)]))
 
 
 def trained(steps: int, **options: Any) -> float:

@@ -240,6 +240,32 @@ def _with_critic(recipe: Recipe, folder: Path) -> Objective:
     return game
 
 
+def test_all_networks_are_told_one_scale_of_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each sample, of the range; and the recipe's where samples are judged."""
+    game = objective(condition="label", guidance=2.0)
+    game._signature = game.signature.model_copy(update={"guidance": (1.5, 4.0)})
+    networks = {name: build(name, spec) for name, spec in game.networks().items()}
+    assert all(networks[name].settings.guidance for name in ("student", "fake_score"))
+    told: dict[str, Any] = {}
+    for name in ("student", "fake_score"):
+        networks[name].register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: told.update({name: kwargs["guidance"]}), with_kwargs=True
+        )
+    guided = game.guided
+
+    def asked(denoiser: Denoiser, scale: Any = None) -> Denoiser:
+        told["teacher"] = scale
+        return guided(denoiser, scale)
+
+    monkeypatch.setattr(game, "guided", asked)
+    game.loss(game.turns[1], networks, batch(64))
+    assert torch.equal(told["student"], told["fake_score"])
+    assert torch.equal(told["student"], told["teacher"])
+    assert 1.5 <= told["student"].min() < 2.0 < 3.5 < told["student"].max() <= 4.0
+    game.evaluate(networks, batch(8))
+    assert (told["student"] == 2.0).all()
+
+
 def test_turns_keep_the_fake_score_ahead() -> None:
     assert [(t.player, t.every) for t in objective().turns] == [("fake_score", 1), ("student", 5)]
     turns = objective(every=2, adversarial=0.1).turns
