@@ -1,6 +1,7 @@
 """Pairs of noise and what a teacher makes of it: its samples are written to the cache once, in parts, and read.
 
-Noise is not kept: it is a function of the pair's number; nor is what the teacher is told. Shapes: N pairs, B of a batch.
+Noise is not kept: it is a function of the pair's number; nor is what the teacher is told. Shapes: N pairs, B of a
+batch.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def drawn_scales(count: int, low: float, high: float, key: int) -> npt.NDArray[n
 class Pairs:
     """What a teacher makes of the noise of numbers 0 to count − 1.
 
-    shape: of a sample. key: of the noise. told: what the teacher is told, (N, ...) each, by name. batch: samples that it
-    makes at a time. stored: how they are kept. about: what beside these determines them, and what determines `told`.
+    shape: of a sample. key: of the noise. told: what the teacher is told, (N, ...) each, by name. batch: samples that
+    it makes at a time. stored: how they are kept. about: what else determines them, that which `told` follows from, too.
     """
 
     def __init__(

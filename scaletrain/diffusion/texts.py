@@ -1,4 +1,6 @@
-"""What texts say to networks, in one vector or many, and kept beside a network's weights: some, to draw samples by, and what stands for none."""
+"""What texts say to networks, in one vector or many. Beside a network's weights are kept some, to draw samples by, and
+what stands for none.
+"""
 
 from __future__ import annotations
 

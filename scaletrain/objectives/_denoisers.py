@@ -201,7 +201,9 @@ class Denoisers(base.Objective[C], Generic[C]):
         self._texts = arrays(rows.sample(_TEXTS), columns).tensors
         if self.config.no_text:
             self._null = texts.read_null(self.config.no_text, self._texts)
-        elif not self._null and (self.unconditioned or (self.config.guidance != 1 and not (before and before.guidance))):
+            return
+        by_calls = self.config.guidance != 1 and not (before and before.guidance)
+        if not self._null and (self.unconditioned or by_calls):
             path = self.recipe.networks.get("teacher", self.recipe.networks.get(self.trained, NetworkSpec())).path
             found = pipelines.Pipeline.open(path) if path else None
             if found is None:

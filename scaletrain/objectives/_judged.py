@@ -63,7 +63,7 @@ class Objective(_denoising.Objective[C], Generic[C]):
             raise UserError("data.train=noise:N has nothing real to show to the critic: give data.")
 
     def networks(self) -> dict[str, NetworkSpec]:
-        """Return the student, its teacher and, where there is one, the critic, which is told the student's condition."""
+        """Return the student, its teacher and, where there is one, the critic, which is told of the condition."""
         found = super().networks()
         if self.criticised:
             signature = self.signature

@@ -20,6 +20,7 @@ from scaletrain.export import pipeline as exporting
 from scaletrain.export import plain_pipeline as plain
 from scaletrain.export.run import Form, export_run
 from scaletrain.networks import diffusers_model
+from scaletrain.objectives.reflow import Objective
 from scaletrain.recipe import objective_of
 from tests.unit.diffusers_pipelines import COUNT, FAMILIES, SIDE, STEPS, Pipes, distil, texts, write_data
 from tests.unit.objectives.prepared import prepared
@@ -63,9 +64,7 @@ def part_of(pipe: Any) -> Any:
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("method", ["lcm", "dmd2"])
 @pytest.mark.parametrize("family", CONDITIONAL)
-def test_every_family_is_distilled_exported_and_sampled(
-    family: str, method: str, pipes: Pipes, tmp_path: Path
-) -> None:
+def test_every_family_is_distilled_exported_and_sampled(family: str, method: str, pipes: Pipes, tmp_path: Path) -> None:
     folder, before = pipes(family)
     run = distil(folder, write_data(tmp_path, family, (4, SIDE, SIDE)), tmp_path, **METHODS[method])
     written = {w.path.name: w for w in export_run(run, tmp_path / "out")}["student"]
@@ -112,8 +111,10 @@ def test_pairs_are_samples_of_the_pipeline_itself(family: str, pipes: Pipes, tmp
         "data": {"train": str(data)},
     })  # fmt: skip
     own = objective_of(recipe)
+    assert isinstance(own, Objective)
     rows = prepared(own, open_rows([SourceSpec(path=str(data))]), None).train
     ahead = own.ahead()
+    assert ahead is not None
     network = {"teacher": diffusers_model.load(str(folder), diffusers_model.Config(), torch.float32)}
     for part in ahead.missing():
         with torch.no_grad():
