@@ -47,7 +47,7 @@ class Pairs:
     """What a teacher makes of the noise of numbers 0 to count − 1.
 
     shape: of a sample. key: of the noise. told: what the teacher is told, (N, ...) each, by name. batch: samples that
-    it makes at a time. stored: how they are kept. about: what else determines them, that which `told` follows from, too.
+    it makes at a time. stored: how they are kept. about: what else determines them, and what `told` follows from.
     """
 
     def __init__(
