@@ -85,8 +85,8 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
         scheduler = self.scheduler(source.part("scheduler") if source else {})
         if scheduler is None:
             return None
-        alone = signature.condition is None and scheduler["_class_name"] in pipelines.ALONE
-        if source is None and not alone:
+        plain = signature.condition is None and signature.space == "image"
+        if source is None and not (plain and scheduler["_class_name"] in pipelines.ALONE):
             return None
         called, config = (source, scheduler, signature, self.steps, self.conditions, self.sampler), self.config
         if self.needs_teacher or signature.guidance or config.guidance == 1:

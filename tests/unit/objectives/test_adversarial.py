@@ -4,6 +4,7 @@ the critic.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,30 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.config import NetworkSpec, Recipe
-from scaletrain.data.sources import Rows
-from scaletrain.data.tables import ArrayTable
+from scaletrain.config import NetworkSpec
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import Cosine
 from scaletrain.diffusion.reading import Reading
 from scaletrain.diffusion.texts import summary
 from scaletrain.evaluate.distances import energy_distance
 from scaletrain.networks.build import build
-from scaletrain.objectives.adversarial import Config, Objective
-from tests.unit.objectives.prepared import prepared
+from tests.unit.objectives.judged import gradients, judged
 
-TEACHER = {"type": "mixture", "config": {"modes": "ring", "count": 3, "radius": 2.0, "sigma": 0.3}, "frozen": True}
-
-
-def objective(**options: Any) -> Objective:
-    recipe = Recipe.model_validate({
-        "objective": {"type": "adversarial", **options},
-        "networks": {"teacher": TEACHER},
-        "data": {"train": "noise:512"},
-    })  # fmt: skip
-    found = Objective(Config(**options), recipe)
-    prepared(found, Rows([ArrayTable("noise", {"draw": torch.zeros(512).numpy()})]), None)
-    return found
+objective = partial(judged, "adversarial")
 
 
 @pytest.fixture(autouse=True)
@@ -124,19 +111,9 @@ def test_the_student_sees_data_at_the_times_of_its_steps() -> None:
 @pytest.mark.parametrize("contest", ["hinge", "non_saturating"])
 def test_each_turn_gives_gradients_to_its_own_player(contest: str) -> None:
     game = objective(contest=contest, r1=0.1, condition="label", steps=2)
-    networks: dict[str, nn.Module] = {}
-    for name, spec in game.networks().items():
-        networks[name] = build(name, spec)
-        for parameter in networks[name].parameters():
-            nn.init.normal_(parameter, std=0.1)
-    for turn in game.turns:
-        for name, network in networks.items():
-            network.requires_grad_(name == turn.player).zero_grad()
-        terms = game.loss(turn, networks, {"draw": torch.arange(8)})
-        sum(term.weight * term.sum for term in terms.values()).backward()  # type: ignore[union-attr]
-        for name, network in networks.items():
-            found = any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in network.parameters())
-            assert found == (name == turn.player), name
+    for player, found in gradients(game).items():
+        for name, has in found.items():
+            assert any(has) == (name == player), name
 
 
 @pytest.mark.parametrize("kind", ["point_critic", "conv_critic"])
