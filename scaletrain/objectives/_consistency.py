@@ -82,7 +82,8 @@ class Sampled(_denoising.Objective[S], Generic[S]):
     @property
     def drawn_by(self) -> Solver | None:
         """The solver that it amounts to on the path's grid, if it keeps to that."""
-        if self.config.highest is not None or self.flow != self.signature.reading.path:
+        lower = self.config.highest is not None and self.steps > 1
+        if lower or self.flow != self.signature.reading.path:
             return None
         return "renoise" if self.config.fresh else "ddim"
 
