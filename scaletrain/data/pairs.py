@@ -1,11 +1,12 @@
 """Pairs of noise and what a teacher makes of it: its samples are written to the cache once, in parts, and read.
 
-Noise is not kept: it is a function of the pair's number, as is its label. Shapes: N pairs, B of a batch.
+Noise is not kept: it is a function of the pair's number; nor is what the teacher is told. Shapes: N pairs, B of a
+batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -33,11 +34,17 @@ def drawn_labels(count: int, classes: int, key: int) -> Labels:
     return (seeds(np.arange(count), key_of(key, "label")) % np.uint64(classes)).astype(np.int64)
 
 
+def drawn_scales(count: int, low: float, high: float, key: int) -> npt.NDArray[np.float32]:
+    """Return a scale of guidance for each of the numbers 0 to count − 1, (N,), evenly spread; a function like that."""
+    share = (seeds(np.arange(count), key_of(key, "guidance")) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (low + (high - low) * share).astype(np.float32)
+
+
 class Pairs(InBatches):
     """What a teacher makes of the noise of numbers 0 to count − 1.
 
-    shape: of a sample. key: of the noise. labels: what the teacher is told (N,), if anything. batch: samples that it
-    makes at a time. stored: how they are kept. about: what beside these determines them.
+    shape: of a sample. key: of the noise. told: what the teacher is told, (N, ...) each, by name. batch: samples that
+    it makes at a time. stored: how they are kept. about: what else determines them, and what `told` follows from.
     """
 
     def __init__(
@@ -45,19 +52,18 @@ class Pairs(InBatches):
         count: int,
         shape: tuple[int, ...],
         key: int,
-        labels: Labels | None,
+        told: Mapping[str, Tensor],
         batch: int,
         stored: Literal["float32", "float16"],
         *about: object,
     ):
-        self.shape, self.key, self.labels, self.stored = shape, key, labels, stored
-        told = None if labels is None else labels.tobytes()
-        super().__init__(Kept("pairs", ("made",), shape, key, told, count, batch, stored, *about), "made", count, batch)
+        self.shape, self.key, self.told, self.stored = shape, key, told, stored
+        super().__init__(Kept("pairs", ("made",), shape, key, count, batch, stored, *about), "made", count, batch)
 
     def given(self, numbers: Int) -> dict[str, Tensor]:
-        """Return what the teacher makes samples of: noise (B, ...) float32 and, where it is told, label (B,)."""
-        found = {"noise": normal(numbers, self.shape, self.key)}
-        return found if self.labels is None else {**found, "label": torch.from_numpy(self.labels[numbers])}
+        """Return what the teacher makes samples of: noise (B, ...) float32, and what it is told, (B, ...) each."""
+        rows = torch.from_numpy(numbers)
+        return {"noise": normal(numbers, self.shape, self.key), **{k: v[rows] for k, v in self.told.items()}}
 
     def write(self, part: int, made: Callable[[dict[str, Tensor]], Tensor]) -> None:
         """Write a part, whole or not at all. made: says what the teacher makes of what it is given."""
@@ -65,8 +71,8 @@ class Pairs(InBatches):
         self.keep(part, found.numpy().astype(self.stored))
 
     def take(self, numbers: Int) -> dict[str, Tensor]:
-        """Return pairs (B,): `noise` and `made` (B, ...) float32 and, where there are, `label` (B,). Raises UserError
-        when they are not there.
+        """Return pairs (B,): `noise` and `made` (B, ...) float32, and what the teacher was told, (B, ...) each. Raises
+        UserError when they are not there.
         """
         return {**self.given(numbers), "made": torch.from_numpy(self.kept(numbers, self.shape))}
 

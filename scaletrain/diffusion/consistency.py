@@ -14,7 +14,7 @@ from torch import Tensor
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import Path
 from scaletrain.diffusion.reading import Reading
-from scaletrain.diffusion.solvers import ddim_step, times
+from scaletrain.diffusion.solvers import ddim_step, solve
 from scaletrain.errors import UserError
 
 Draw = Callable[[Tensor, int, Mapping[str, Tensor]], Tensor]
@@ -49,20 +49,14 @@ def stops(path: Path, steps: int, highest: float | None) -> list[float]:
 def sampler(denoiser: Denoiser, highest: float | None, fresh: bool) -> Draw:
     """Return what draws samples: from noise to data, back to a lesser noise, and to data again.
 
-    fresh: with new noise each time, from torch's global generator (Song et al., 2023, algorithm 1); otherwise with the
-    noise that f found in z, so that samples are a function of the noise that they begin from.
+    Data are x₀: of f, what noise is left at the first time is taken away. fresh: with new noise each time, from torch's
+    global generator (Song et al., 2023, algorithm 1); otherwise with the noise that f found in z, so that samples are a
+    function of the noise that they begin from.
     """
 
     def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
-        student, path = denoiser.given(**told), denoiser.path
-        first, *others = stops(path, steps, highest)
-        z, t = path.start(noise), times(first, noise)
-        for s in others:
-            if fresh:
-                z = path.noisy(to_data(student, z, t), torch.randn_like(z), times(s, z))
-            else:
-                z = ddim_step(student, z, t, times(s, z))
-            t = times(s, z)
-        return to_data(student, z, t)
+        path = denoiser.path
+        grid = [*stops(path, steps, highest), path.first]
+        return solve(denoiser.given(**told), path.start(noise), grid, "renoise" if fresh else "ddim")
 
     return draw

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,16 @@ from scaletrain.diffusion.path import AnyPath, Discrete, Flow
 from scaletrain.diffusion.prediction import Prediction
 from scaletrain.diffusion.reading import Reading
 from scaletrain.diffusion.signature import Signature
+from scaletrain.diffusion.solvers import Solver
 from scaletrain.errors import UserError
 
 INDEX = "model_index.json"
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _LEAST = 1e-12
 """ᾱ of a last step that holds no signal at all (Lin et al., 2024), which a path's cannot be 0 for."""
+ALONE = {"DDIMScheduler": "DDIMPipeline", "LCMScheduler": "DDPMPipeline"}
+"""Pipelines of a network without conditions, by the scheduler that they call rightly: only the first passes
+`use_clipped_model_output` on, and the second none but those that all have."""
 _TOLD = (1.0, 15.0)
 """Scales of guidance that networks are asked for which are told it; their folders do not say."""
 
@@ -169,7 +173,8 @@ class Pipeline:
 class Plan:
     """How a trained denoiser is exported: with the other parts of `source`, if any, and the scheduler of a config.
 
-    conditions: what it is told of samples from noise (N, ...). sampler: how ours are drawn.
+    conditions: what it is told of samples from noise (N, ...). sampler: how ours are drawn. guidance: the scale of
+    guidance by two calls, 1 for none; null: what stands for no text then, by column, (...) each.
     """
 
     source: Pipeline | None
@@ -178,6 +183,8 @@ class Plan:
     steps: int
     conditions: Callable[[Tensor], Mapping[str, Tensor]]
     sampler: Callable[[Any], Callable[[Tensor, int, Mapping[str, Tensor]], Tensor]]
+    guidance: float = 1.0
+    null: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def signature(path: str, sides: tuple[int, ...] | None = None) -> Signature | None:
@@ -217,33 +224,44 @@ def reading_of(scheduler: dict[str, Any], tokens: int = 0) -> Reading | None:
     return Reading(path=path, prediction=_PREDICTIONS[said])
 
 
-def scheduler_of(reading: Reading, clip: bool, known: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the configuration of the scheduler of diffusers that samples as `ddim` does here; None if none does.
+def scheduler_of(
+    reading: Reading, clip: bool, known: dict[str, Any], solver: Solver = "ddim", steps: int = 1
+) -> dict[str, Any] | None:
+    """Return the configuration of the scheduler of diffusers that samples as a solver does here; None if none does.
 
     clip: keep x₀ in [-1, 1]. known: that of a pipeline, from which a schedule is taken over where it is the same.
+    steps: of a sample.
     """
+    if solver not in ("ddim", "renoise"):
+        return None
     if isinstance(reading.path, Flow) and reading.prediction == "velocity" and not clip:
         name = "FlowMatchEulerDiscreteScheduler"
-        if known.get("_class_name") == name:  # perhaps with a shift by the size of the picture
-            return known
-        return {"_class_name": name, "num_train_timesteps": 1000, "shift": reading.path.shift}
-    schedule = schedule_of(reading, known)
-    options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 0, "clip_sample": clip}
-    return schedule and {"_class_name": "DDIMScheduler", **schedule, **options}
+        own = {"_class_name": name, "num_train_timesteps": 1000, "shift": reading.path.shift}
+        same = known.get("_class_name") == name  # perhaps with a shift by the size of the picture
+        return {**(known if same else own), "stochastic_sampling": solver == "renoise"}
+    if solver == "ddim":
+        schedule = schedule_of(reading, known, "DDIMScheduler")
+        options = {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 1, "clip_sample": clip}
+        return schedule and {**schedule, **options}
+    schedule = schedule_of(reading, known, "LCMScheduler")
+    if schedule is None or schedule["num_train_timesteps"] % steps:  # of others, it rounds the times otherwise
+        return None
+    options = {"original_inference_steps": schedule["num_train_timesteps"], "steps_offset": 1, "clip_sample": clip}
+    return {**schedule, **options}
 
 
-def schedule_of(reading: Reading, known: dict[str, Any]) -> dict[str, Any] | None:
+def schedule_of(reading: Reading, known: dict[str, Any], name: str) -> dict[str, Any] | None:
     """Return what all of diffusers' schedulers of steps have of a reading: betas, and `prediction_type`; None if none.
 
-    known: as for `scheduler_of`.
+    known: as for `scheduler_of`. name: the scheduler's class.
     """
     said = {ours: theirs for theirs, ours in _PREDICTIONS.items()}.get(reading.prediction)
     if not isinstance(reading.path, Discrete) or said is None:
         return None
     squares = reading.path.alphas_cumprod
-    found = {"num_train_timesteps": len(squares), "prediction_type": said}
+    found = {"_class_name": name, "num_train_timesteps": len(squares), "prediction_type": said}
     betas = {key: known[key] for key in _BETAS if key in known}
-    same = reading_of({"_class_name": "DDIMScheduler", **found, **betas}) if betas else None
+    same = reading_of({**found, **betas}) if betas else None
     if same is None or same.path != reading.path:
         betas = {"trained_betas": [1 - b / a for a, b in pairwise([1.0, *squares])]}
     return {**found, **betas}

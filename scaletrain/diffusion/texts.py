@@ -1,4 +1,6 @@
-"""What texts say to networks, kept beside a network's weights: some, to draw samples by, and what stands for none."""
+"""What texts say to networks, in one vector or many. Beside a network's weights are kept some, to draw samples by, and
+what stands for none.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,15 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Read what `save` wrote."""
     some, null = (_read(folder / name) if (folder / name).exists() else {} for name in (_SOME, _NONE))
     return some, null
+
+
+def summary(told: Mapping[str, Tensor]) -> Tensor:
+    """Return one vector (B, E) for what is told of texts: their encoder's own, or the mean over its tokens."""
+    if "pooled_prompt_embeds" in told:
+        return told["pooled_prompt_embeds"]
+    embeds = told["prompt_embeds"]
+    mask = told.get("prompt_attention_mask", embeds.new_ones(embeds.shape[:2]))
+    return (mask.to(embeds.dtype)[..., None] * embeds).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def read_null(path: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

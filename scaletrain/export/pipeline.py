@@ -7,19 +7,21 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from scaletrain.config import NetworkSpec
-from scaletrain.diffusion.pipelines import INDEX, Plan
+from scaletrain.diffusion.pipelines import ALONE, INDEX, Plan
 from scaletrain.errors import UserError
 from scaletrain.export import plain_pipeline
 from scaletrain.export.gate import Gap, Probe, elsewhere
 from scaletrain.networks.build import save
-from scaletrain.networks.diffusers_model import packed
+from scaletrain.networks.diffusers_model import packed, unpacked
 
 COUNT, SEED = 2, 0
 """How many samples are compared, and what their noise is drawn from."""
@@ -41,11 +43,10 @@ def write_pipeline(module: Any, spec: NetworkSpec, plan: Plan, folder: Path) -> 
     scheduler.parent.mkdir(parents=True)
     scheduler.write_text(json.dumps(plan.scheduler, indent=2) + "\n")
 
-    shape = plan.signature.shape
-    noise = torch.randn(COUNT, *shape, generator=torch.Generator().manual_seed(SEED))
+    torch.manual_seed(SEED)  # of all noise: what samples are begun with, and what is added between steps
+    noise = torch.randn(COUNT, *plan.signature.shape)
     told = plan.conditions(noise)
-    torch.manual_seed(SEED + 1)
-    with torch.no_grad():
+    with torch.no_grad(), _DrawnPacked() if _packs(plan) else nullcontext():
         expected = plan.sampler(module)(noise, plan.steps, told)
     base = str(plan.source.folder.resolve()) if adapted and plan.source else None
     asked = {"folder": str(folder.resolve()), "base": base, "seed": SEED, "options": _options(plan, told)}
@@ -80,7 +81,7 @@ def snippet(module: Any, plan: Plan) -> list[str]:
     first = {"label": "class_labels=[0], ", "text": '"a prompt", '}.get(plan.signature.condition or "", "")
     if not first:
         options = {"num_inference_steps": steps}
-        if plan.scheduler.get("clip_sample"):
+        if plan.scheduler.get("clip_sample") and scheduler == "DDIMScheduler":
             options["use_clipped_model_output"] = True
     return [*lines, f"pipe({first}{', '.join(f'{k}={v!r}' for k, v in options.items())}).images[0]"]
 
@@ -99,8 +100,8 @@ def _write_whole(module: Any, spec: NetworkSpec, plan: Plan, folder: Path) -> No
             if (whole / part).is_dir() and part not in (name, "scheduler"):
                 shutil.copytree(whole / part, folder / part)
     save(module, spec, folder / name)
-    if plan.signature.condition is None and plan.scheduler["_class_name"] == "DDIMScheduler":
-        index["_class_name"] = "DDIMPipeline"  # which takes `use_clipped_model_output`, as DDPMPipeline does not
+    if plan.signature.condition is None and plan.scheduler["_class_name"] in ALONE:
+        index["_class_name"] = ALONE[plan.scheduler["_class_name"]]
     index["scheduler"] = ["diffusers", plan.scheduler["_class_name"]]
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -131,7 +132,7 @@ def _options(plan: Plan, told: Mapping[str, Tensor]) -> dict[str, Any]:
     factor = plan.source.factor if plan.source else 1
     found: dict[str, Any] = {
         "num_inference_steps": steps,
-        "guidance_scale": float(told["guidance"][0]) if "guidance" in told else 1.0,
+        "guidance_scale": float(told["guidance"][0]) if "guidance" in told else plan.guidance,
         "height": signature.shape[1] * factor,
         "width": signature.shape[2] * factor,
         "use_resolution_binning": False,
@@ -140,16 +141,27 @@ def _options(plan: Plan, told: Mapping[str, Tensor]) -> dict[str, Any]:
     }
     if plan.scheduler["_class_name"].startswith("FlowMatch"):  # by themselves, some pipelines take others
         found["sigmas"] = [1 - i / steps for i in range(steps)]
-    return found
+    return found | ({"negative_prompt": None} if plan.null else {})
 
 
 def _inputs(plan: Plan, noise: Tensor, told: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors under the names that pipelines have for them."""
     found = {name: told[name].contiguous() for name in plan.signature.texts}
+    found |= {f"negative_{k}": v.expand(len(noise), *v.shape).contiguous() for k, v in plan.null.items()}
     found["latents"] = packed(noise).contiguous() if _packs(plan) else noise
     if "label" in told:
         found["class_labels"] = told["label"]
     return found
+
+
+class _DrawnPacked(TorchFunctionMode):
+    """Has noise like latents be drawn in the order that a pipeline of packed ones draws it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.randn_like:
+            return func(*args, **(kwargs or {}))
+        (z,) = args
+        return unpacked(torch.randn(packed(z).shape, dtype=z.dtype), z.shape[2] // 2, z.shape[3] // 2)
 
 
 def _packs(plan: Plan) -> bool:

@@ -40,7 +40,7 @@ def load(folder: str, base: str | None) -> Any:
 def samples(pipe: Any, inputs: dict[str, torch.Tensor], seed: int, options: dict[str, Any]) -> torch.Tensor:
     """Return latents, or, of pipelines that do not give them, pictures in [0, 1] (N, C, H, W).
 
-    inputs: by the names that the pipeline has for them. seed: of the noise, where it takes none, and of what it draws.
+    inputs: by the names that the pipeline has for them. seed: of all noise, that of given latents, too.
     options: such as the number of steps; those that the pipeline does not have are left out.
     """
     has = inspect.signature(pipe.__call__).parameters
@@ -50,9 +50,11 @@ def samples(pipe: Any, inputs: dict[str, torch.Tensor], seed: int, options: dict
     if "latents" in given:
         given["output_type"] = "latent"
     else:
-        given |= {"generator": torch.Generator().manual_seed(seed), "output_type": "np"}
+        given["output_type"] = "np"
     pipe.set_progress_bar_config(disable=True)
-    torch.manual_seed(seed + 1)
+    torch.manual_seed(seed)
+    if "latents" in given:  # they were drawn from this seed: what is drawn next goes on after them
+        torch.randn_like(given["latents"])
     found = pipe(**given).images
     return found if "latents" in given else torch.from_numpy(found).permute(0, 3, 1, 2)
 

@@ -1,10 +1,13 @@
-"""What denoisers are told beside z: the time, and perhaps a class, the strength of guidance, or a time to go to."""
+"""What denoisers and critics are told beside z: the time, and perhaps a class, a text, the strength of guidance, or a
+time to go to.
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -16,6 +19,8 @@ class Conditioned(Strict):
 
     classes: int = Field(0, ge=0)
     """Of the labels that it is told; one more stands for none. 0: it is told no label."""
+    text: int = Field(0, ge=0)
+    """Numbers of the vector that it is told of a text; 0: it is told none."""
     guidance: bool = False
     """Whether it is told the scale of guidance that it is to answer with."""
     target: bool = False
@@ -41,7 +46,8 @@ class Waves(nn.Module):
 
 
 class Conditions(nn.Module):
-    """label (B,), guidance (B,), target (B,) -> features (B, size), to add to those of the time; 0 at the start.
+    """label (B,), guidance (B,), target (B,), text (B, E) -> features (B, size), to add to those of the time; 0 at the
+    start.
 
     So a network that goes on from one that is told less answers as that one does.
     """
@@ -51,9 +57,10 @@ class Conditions(nn.Module):
         self.waves = Waves(config.fastest)
         self.label = nn.Embedding(config.classes + 1, size) if config.classes else None
         wide = 2 * len(self.waves.frequencies)
+        self.text = nn.Linear(config.text, size, bias=False) if config.text else None
         self.guidance = nn.Linear(wide, size, bias=False) if config.guidance else None
         self.target = nn.Linear(wide, size, bias=False) if config.target else None
-        for module in (self.label, self.guidance, self.target):
+        for module in (self.label, self.text, self.guidance, self.target):
             if module is not None:
                 nn.init.zeros_(module.weight)
 
@@ -63,12 +70,17 @@ class Conditions(nn.Module):
         label: Tensor | None = None,
         guidance: Tensor | None = None,
         target: Tensor | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
-        """Add what is told to features (B, size). A label that is not given is none; a guidance, 1; a target, 0."""
+        """Add what is told to features (B, size). A label that is not given is none; a guidance, 1; a target, 0. A
+        text's vector is brought to mean 0 and variance 1: encoders differ in scale.
+        """
         if self.label is not None:
             none = self.label.num_embeddings - 1
             label = torch.full((len(features),), none, device=features.device) if label is None else label
             features = features + self.label(label)
+        if self.text is not None and text is not None:
+            features = features + self.text(F.layer_norm(text, text.shape[-1:]).to(features.dtype))
         for layer, value, default in ((self.guidance, guidance, 1.0), (self.target, target, 0.0)):
             if layer is not None:
                 value = torch.full((len(features),), default, device=features.device) if value is None else value

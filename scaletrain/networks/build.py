@@ -80,7 +80,7 @@ def grown(name: str, base: nn.Module, spec: NetworkSpec) -> nn.Module:
                 f"networks.{name}.config makes another network than the one that it goes on from: `{key}` is {here}, "
                 f"there it is {there}. Leave `config` out, or `from`."
             )
-    told = {"classes", "guidance", "target"}
+    told = {"classes", "guidance", "target", "text"}
     if other := [k for k, v in spec.config.items() if k not in told and getattr(settings, k, v) != v]:
         raise UserError(
             f"networks.{name}.config.{other[0]} is {spec.config[other[0]]!r}, and the network that it goes on from has "

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from scaletrain.networks._conditions import Conditioned, Conditions, Waves
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
 
 class Config(Conditioned):
     """Options for `type: point_denoiser`."""
@@ -54,9 +56,10 @@ class TimedPerceptron(nn.Module):
         label: Tensor | None = None,
         guidance: Tensor | None = None,
         target: Tensor | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
         """Apply the network."""
-        features = self.conditions(self.times(self.waves(t)), label, guidance, target)
+        features = self.conditions(self.times(self.waves(t)), label, guidance, target, text)
         h = self.activation(self.first(z) + features)
         for layer in self.layers:
             h = self.activation(layer(h))

@@ -16,7 +16,7 @@ from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.intervals import Intervals
 from scaletrain.diffusion.path import Path, beside
 from scaletrain.diffusion.prediction import Weighting
-from scaletrain.diffusion.solvers import STEPS, implied_x0
+from scaletrain.diffusion.solvers import STEPS, Solver, implied_x0
 from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _denoising
@@ -82,6 +82,14 @@ class Sampled(_denoising.Objective[S], Generic[S]):
     def sampler(self, network: nn.Module) -> Sampler:
         """Sample as consistency models do."""
         return sampler(self.drawing(network).along(self.flow), self.config.highest, self.config.fresh)
+
+    @property
+    def drawn_by(self) -> Solver | None:
+        """The solver that it amounts to on the path's grid, if it keeps to that."""
+        lower = self.config.highest is not None and self.steps > 1
+        if lower or self.flow != self.signature.reading.path:
+            return None
+        return "renoise" if self.config.fresh else "ddim"
 
     def after_update(self, player: Player, networks: Networks) -> None:
         """Count."""

@@ -227,7 +227,9 @@ class Denoisers(base.Objective[C], Generic[C]):
         self._texts = arrays(rows.sample(_TEXTS), columns).tensors
         if self.config.no_text:
             self._null = texts.read_null(self.config.no_text, self._texts)
-        elif not self._null and (self.config.guidance != 1 or self.unconditioned):
+            return
+        by_calls = self.config.guidance != 1 and not (before and before.guidance)
+        if not self._null and (self.unconditioned or by_calls):
             path = self.recipe.networks.get("teacher", self.recipe.networks.get(self.trained, NetworkSpec())).path
             found = pipelines.Pipeline.open(path) if path else None
             if found is None:
@@ -350,11 +352,7 @@ class Denoisers(base.Objective[C], Generic[C]):
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return the trained network and its teacher, if it has one."""
-        student = self.recipe.networks.get(self.trained, NetworkSpec())
-        # What goes on from a network that is told it has a place for it.
-        has = (student.source or student.path) and self._teacher is not None and self._teacher.guidance
-        tells = (*self.tells, "guidance") if self.signature.guidance and not has else self.tells
-        found = {self.trained: self.denoiser_spec(self.trained, tells)}
+        found = {self.trained: self.denoiser_spec(self.trained)}
         if "teacher" in self.recipe.networks:
             found["teacher"] = self.recipe.networks["teacher"].model_copy(update={"frozen": True})
         if self._autoencoder is not None:
@@ -370,12 +368,16 @@ class Denoisers(base.Objective[C], Generic[C]):
         """Have the autoencoder make the latents of pictures, once."""
         return _latents.encoding(self._encodings, self._autoencoder.spec) if self._autoencoder else None
 
-    def denoiser_spec(self, name: str, tells: tuple[str, ...] = ()) -> NetworkSpec:
+    def denoiser_spec(self, name: str) -> NetworkSpec:
         """Return a denoiser of this name, which is told the shape of a sample and what else it will be called with."""
         signature = self.signature
         given = self.recipe.networks.get(name, NetworkSpec())
         told = {"classes": signature.classes} if signature.condition == "label" else {}
-        told |= dict.fromkeys(tells, True)
+        told |= dict.fromkeys(self.tells, True)
+        # What goes on from a network that is told it has a place for it.
+        has = (given.source or given.path) and self._teacher is not None and self._teacher.guidance
+        if signature.guidance and not has:
+            told["guidance"] = True
         if given.source or given.path:
             return completed(self.recipe, name, "", **told).model_copy(update={"type": given.type})
         if len(signature.shape) == 1:
@@ -475,24 +477,24 @@ class Denoisers(base.Objective[C], Generic[C]):
         return told
 
     def data(self, batch: Batch) -> tuple[Tensor, Batch]:
-        """Return x₀ (B, ...), drawn from the mixture where a batch has none, and the batch with what that tells.
-
-        Where the student is told the scale of guidance, one is drawn for each sample, evenly from its range.
+        """Return x₀ (B, ...), drawn from the mixture where a batch has none, and the batch with what networks are told
+        (see `asked`).
         """
-        if self.signature.guidance:
-            some = next(iter(batch.values()))
-            scale = torch.empty(len(some), device=some.device).uniform_(*self.signature.guidance)
-            batch = {**batch, "guidance": scale}
+        batch = self.asked(batch)
         if "draw" not in batch:
             return batch[self.signature.space], batch
         if self._source is None:
             raise UserError("data.train=noise:N: this objective needs data, which its teacher cannot draw; give some.")
-        batch = self.labelled(batch)
         source = self._source.to(batch["draw"].device)
         return source.draw(len(batch["draw"]), batch.get("label")), batch
 
-    def labelled(self, batch: Batch) -> Batch:
-        """Return a batch with classes, where networks are told them: drawn evenly where it has no data."""
-        if self.signature.condition is None or "draw" not in batch:
-            return batch
-        return {**batch, "label": torch.randint_like(batch["draw"], self.signature.classes)}
+    def asked(self, batch: Batch) -> Batch:
+        """Return a batch with what networks are told beside its columns, drawn evenly: where the student is told the
+        scale of guidance, one of its range; where there are classes and no data, one of them.
+        """
+        some, drawn = next(iter(batch.values())), {}
+        if self.signature.guidance:
+            drawn["guidance"] = torch.empty(len(some), device=some.device).uniform_(*self.signature.guidance)
+        if self.signature.condition == "label" and "draw" in batch:
+            drawn["label"] = torch.randint_like(batch["draw"], self.signature.classes)
+        return {**batch, **drawn}

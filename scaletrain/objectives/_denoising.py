@@ -14,9 +14,8 @@ from scaletrain.data.dataset import Dataset
 from scaletrain.data.order import key_of
 from scaletrain.data.stream import Stream
 from scaletrain.diffusion import pipelines
-from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.signature import Space
-from scaletrain.diffusion.solvers import sample
+from scaletrain.diffusion.solvers import Solver, sample
 from scaletrain.evaluate.few_steps import Sampler, compare
 from scaletrain.evaluate.judges import Classifier, Judging, ModesJudge, PictureJudge, Real
 from scaletrain.objectives import _denoisers, _latents
@@ -39,17 +38,20 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
 
         A network that learns from no teacher is guided itself.
         """
-        denoiser = self.drawing(network)
-        alone = not self.needs_teacher and self.config.guidance != 1
-        return self.solve_with(self.guided(denoiser) if alone else denoiser)
-
-    def solve_with(self, denoiser: Denoiser) -> Sampler:
-        """Return what the recipe's solver makes of noise by a denoiser."""
+        denoiser, solver = self.drawing(network), self.drawn_by
+        assert solver is not None
+        if not self.needs_teacher and self.config.guidance != 1:
+            denoiser = self.guided(denoiser)
 
         def draw(noise: Tensor, steps: int, told: Mapping[str, Tensor]) -> Tensor:
-            return sample(denoiser.given(**told), noise, steps, self.config.solver)
+            return sample(denoiser.given(**told), noise, steps, solver)
 
         return draw
+
+    @property
+    def drawn_by(self) -> Solver | None:
+        """The solver that `sampler` draws by, along the path's grid; None where it draws in another way."""
+        return self.config.solver
 
     def sample(self, networks: Networks, request: Request) -> Samples:
         """Draw pictures or points; with classes, each in turn."""
@@ -77,12 +79,12 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
     def scheduler(self, known: dict[str, Any]) -> dict[str, Any] | None:
         """Return the configuration of the scheduler of diffusers that samples as `sampler` does; None if none does.
 
-        known: that of the pipeline that the first teacher came from. A method with a sampler of its own says so here.
+        known: that of the pipeline that the first teacher came from.
         """
         clips = self.config.clip and (self.signature.condition or self.signature.space != "image")
-        if self.config.solver != "ddim" or clips or type(self).sampler is not Objective.sampler:
+        if self.drawn_by is None or clips:
             return None
-        return pipelines.scheduler_of(self.signature.reading, self.config.clip, known)
+        return pipelines.scheduler_of(self.signature.reading, self.config.clip, known, self.drawn_by, self.steps)
 
     def pipeline(self, network: str) -> pipelines.Plan | None:
         """Return the pipeline that the trained network belongs to."""
@@ -94,10 +96,14 @@ class Objective(_denoisers.Denoisers[C], Generic[C]):
         if scheduler is None:
             return None
         plain = signature.condition is None and signature.space == "image"
-        plain = plain and scheduler["_class_name"] == "DDIMScheduler"
-        if source is None and not plain:  # diffusers has a pipeline for a network alone where it samples by DDIM
+        if source is None and not (plain and scheduler["_class_name"] in pipelines.ALONE):
             return None
-        return pipelines.Plan(source, scheduler, signature, self.steps, self.conditions, self.sampler)
+        called, config = (source, scheduler, signature, self.steps, self.conditions, self.sampler), self.config
+        if self.needs_teacher or signature.guidance or config.guidance == 1:
+            return pipelines.Plan(*called)
+        if config.guidance < 1 or config.guidance_interval:  # which pipelines do not have
+            return None
+        return pipelines.Plan(*called, config.guidance, {k: self._null[k] for k in signature.texts})
 
     # --- the table ----------------------------------------------------------------------------------------------------
 

@@ -10,11 +10,12 @@ from typing import Generic, TypeVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.sources import Rows
-from scaletrain.diffusion.solvers import Solver, sample
+from scaletrain.diffusion import texts
+from scaletrain.diffusion.solvers import Solver
 from scaletrain.diffusion.times import Times, Uniform
 from scaletrain.errors import UserError
 from scaletrain.evaluate.distances import energy_scores
@@ -60,19 +61,17 @@ class Objective(_denoising.Objective[C], Generic[C]):
     def prepare(self, train: Rows, eval: Rows | None) -> None:
         """Find what is denoised, and that there are data for a critic. Raises UserError."""
         super().prepare(train, eval)
-        if self.signature.guidance or (self.signature.condition == "text" and self.criticised):
-            raise UserError(
-                f"{self.recipe.objective.type}: networks can be told no scale of guidance, and a critic no texts."
-            )
         if self.criticised and self._source is None and "draw" in train.columns:
             raise UserError("data.train=noise:N has nothing real to show to the critic: give data.")
 
     def networks(self) -> dict[str, NetworkSpec]:
-        """Return the student, its teacher and, where there is one, the critic, which is told what the student is."""
+        """Return the student, its teacher and, where there is one, the critic, which is told of the condition."""
         found = super().networks()
         if self.criticised:
             signature = self.signature
-            told = {"classes": signature.classes} if signature.condition else {}
+            told = {"classes": signature.classes} if signature.condition == "label" else {}
+            if signature.condition == "text":
+                told = {"text": texts.summary(self._texts).shape[1]}
             if len(signature.shape) == 1:
                 found["critic"] = completed(self.recipe, "critic", "point_critic", dim=signature.shape[0], **told)
             else:
@@ -87,10 +86,10 @@ class Objective(_denoising.Objective[C], Generic[C]):
         some = next(iter(batch.values()))
         return torch.randn(len(some), *self.signature.shape, device=some.device)
 
-    def sampler(self, network: nn.Module) -> Sampler:
-        """Return how samples are drawn from the student."""
-        denoiser = self.drawing(network)
-        return lambda noise, steps, told: sample(denoiser.given(**told), noise, steps, "renoise")
+    @property
+    def drawn_by(self) -> Solver:
+        """The solver of samples: x₀ is noised anew."""
+        return "renoise"
 
     def samplers(self, view: RunView, stage: str) -> dict[int, Sampler]:
         """Return the student, at its own number of steps."""
@@ -99,6 +98,8 @@ class Objective(_denoising.Objective[C], Generic[C]):
     def evaluate(self, networks: Networks, batch: Batch) -> dict[str, Term]:
         """Return the energy score of samples (see `energy_scores`), on all values, of the classes of real ones."""
         x0, batch = self.data(batch)
+        if self.signature.guidance:
+            batch = {**batch, "guidance": torch.full_like(batch["guidance"], self.config.guidance)}
         twice = {k: torch.cat([v, v]) for k, v in self.told(batch).items()}
         noise = torch.cat([self.noise(batch), self.noise(batch)])  # there may be but one real sample
         made = self.sampler(networks[self.trained])(noise, self.steps, twice)
@@ -106,14 +107,20 @@ class Objective(_denoising.Objective[C], Generic[C]):
 
     # --- the critic ---------------------------------------------------------------------------------------------------
 
+    def known(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what the critic is told of a batch: its class, or a vector of its text (B, E)."""
+        if self.signature.condition == "text":
+            return {"text": texts.summary(batch)}
+        return {"label": batch["label"]} if self.signature.condition else {}
+
     def misled(self, networks: Networks, made: Tensor, batch: Batch) -> Tensor:
         """Return the student's loss by the critic: a sum."""
         t = self.config.times.draw(len(made), self.signature.reading.path, made.device)
-        return mislead(self.config.contest, networks["critic"](*self._shown(made, t), **self.told(batch)))
+        return mislead(self.config.contest, networks["critic"](*self._shown(made, t), **self.known(batch)))
 
     def told_apart(self, networks: Networks, real: Tensor, made: Tensor, batch: Batch) -> dict[str, Term]:
         """Return the critic's loss on real and on made samples (B, ...), each noised, in one call of it."""
-        config, told = self.config, self.told(batch)
+        config, told = self.config, self.known(batch)
         t = config.times.draw(len(real), self.signature.reading.path, real.device)
         z, time = self._shown(real, t)
         seen = [z, self._shown(made, t)[0]]

@@ -68,6 +68,11 @@ class Objective(_denoising.Objective[C], Generic[C]):
         if not self.needs_teacher and config.solver != "ddim":
             raise UserError("objective.solver is for a teacher, and there is none; leave it out.")
 
+    @property
+    def drawn_by(self) -> None:
+        """None: samples are drawn by jumps, to times that the student is told."""
+        return None
+
     @abstractmethod
     def jumps(self, student: Denoiser, teacher: Denoiser | None, x0: Tensor) -> Jumps:
         """Return jumps of noisy samples of data x₀ (B, ...), without gradients."""

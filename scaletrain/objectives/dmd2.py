@@ -81,7 +81,7 @@ class Objective(_judged.Objective[Config]):
         if turn.name == "critic":
             real, batch = self.data(batch)
         else:
-            batch = self.labelled(batch)
+            batch = self.asked(batch)
         with torch.set_grad_enabled(turn.name == "student" and torch.is_grad_enabled()):
             made = self.made(self.student(networks, batch), self.noise(batch))
         if real is not None:

@@ -18,9 +18,9 @@ from pydantic import Field
 from torch import Tensor
 
 from scaletrain.config import NetworkSpec, Recipe
-from scaletrain.data.dataset import Dataset
+from scaletrain.data.dataset import Dataset, TensorDataset
 from scaletrain.data.order import key_of
-from scaletrain.data.pairs import Labels, Pairs, WithPairs, drawn_labels
+from scaletrain.data.pairs import Labels, Pairs, WithPairs, drawn_labels, drawn_scales
 from scaletrain.data.sources import Rows
 from scaletrain.diffusion.prediction import Weighting
 from scaletrain.diffusion.solvers import sample, times
@@ -82,8 +82,6 @@ class Objective(_denoising.Objective[Config]):
         if train.streaming:
             raise UserError("reflow makes a pair for each row by its number; these data stream. Set stream to false.")
         super().prepare(train, eval)
-        if self.signature.guidance or self.signature.condition == "text":
-            raise UserError("reflow: pairs have classes at most; no scale of guidance and no texts can be told.")
         reading = self.signature.reading
         alpha, _ = reading.path.alpha_sigma(torch.tensor(reading.path.last))
         if self.config.one_step and reading.prediction in ("eps", "score") and alpha < _FAINT:
@@ -95,30 +93,38 @@ class Objective(_denoising.Objective[Config]):
             made.clear()
 
     def examples(self, rows: Rows, training: bool, window: bool = False) -> Dataset:
-        """Return the rows, each with a pair. Each source, to train on or held out, has noise of its own."""
+        """Return the rows, each with a pair: each source, to train on or held out, with noise of its own."""
         role = "train" if training else "held"
         key = key_of(self.recipe.seed, "pairs", role, len(self._pairs[role]))
-        count, batch = len(rows), self.recipe.evaluation_batch
-        pairs = Pairs(
-            *(count, self.signature.shape, key, self._labels(rows, key), batch, self.config.stored), *self._about()
-        )
+        dataset, signature, count = super().examples(rows, training, window), self.signature, len(rows)
+        told, about = {}, self._about()
+        if signature.condition == "label":
+            labels = self._labels(rows, key)
+            told["label"], about = torch.from_numpy(labels), (*about, labels.tobytes())
+        elif signature.condition == "text":
+            assert isinstance(dataset, TensorDataset)
+            told, about = {k: dataset.tensors.pop(k) for k in signature.texts}, (*about, rows.fingerprint)
+        if signature.guidance:
+            told["guidance"] = torch.from_numpy(drawn_scales(count, *signature.guidance, key))
+        batch = self.recipe.evaluation_batch
+        pairs = Pairs(count, signature.shape, key, told, batch, self.config.stored, *about)
         self._pairs[role].append(pairs)
-        return WithPairs(super().examples(rows, training, window), pairs)
+        return WithPairs(dataset, pairs)
 
-    def _labels(self, rows: Rows, key: int) -> Labels | None:
-        """Return what the networks are told for each row: its label where it has one, or else any."""
-        if self.signature.condition is None:
-            return None
+    def _labels(self, rows: Rows, key: int) -> Labels:
+        """Return the class that networks are told for each row (N,): its label where it has one, or else any."""
         if "label" in rows.columns and self._classes is not None:
             return self._classes.encode(rows, "label")
         return drawn_labels(len(rows), self.signature.classes, key)
 
     def _about(self) -> tuple[object, ...]:
-        """Return what determines a sample beside its noise and label."""
+        """Return what determines a sample beside its noise and what is told of it."""
         config, said = self.config, self.teacher_of(lambda z, t: z)
         how = said.reading.model_dump(), said.path.model_dump(), config.solver, config.teacher_steps
         who = identity(self.recipe.networks["teacher"], self._folders.get("teacher"))
-        return *who, self.recipe.train.precision, *how, config.guidance, config.clip
+        null = [(name, value.numpy().tobytes()) for name, value in self._null.items()]
+        guided = config.guidance, config.guidance_interval, self.signature.guidance, null
+        return *who, self.recipe.train.precision, *how, *guided, config.clip
 
     def networks(self) -> dict[str, NetworkSpec]:
         """Return the student: of the teacher, the samples are kept."""

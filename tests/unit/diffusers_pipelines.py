@@ -4,10 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+import yaml
+
+from scaletrain.recipe import load
 
 SIDE, TOKENS, COUNT = 8, 6, 2
 """Of the latents, of a text, and how many samples tests take."""
+STEPS = 4
+"""Of a student."""
+Pipes = Callable[[str], tuple[Path, Any]]
+"""The folder of a family, and the pipeline that was written to it."""
 
 
 def _vae(channels: int) -> Any:
@@ -187,3 +196,44 @@ def texts(family: str, count: int = COUNT) -> dict[str, torch.Tensor]:
         found["prompt_attention_mask"] = torch.ones(count, TOKENS)
         found["prompt_attention_mask"][:, 4:] = 0
     return {} if family in ("dit", "unconditional") else found
+
+
+def write_data(folder: Path, family: str, shape: tuple[int, ...], rows: int = 16) -> Path:
+    """Write random latents, and what a family is told of them."""
+    torch.manual_seed(1)
+    columns = {"latent": 0.5 * torch.randn(rows, *shape), **texts(family, rows)}
+    if family == "dit":
+        columns["label"] = torch.arange(rows)
+    pq.write_table(pa.table({k: v.tolist() for k, v in columns.items()}), folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def distil(folder: Path, data: Path | str, root: Path, **changes: Any) -> Path:
+    """Train a student of a pipeline in `folder` for some steps; changes: to the recipe, where a method is whole and
+    None leaves something out.
+    """
+    from scaletrain.runs import train
+
+    recipe: dict[str, Any] = {
+        "objective": {"type": "progressive", "steps": STEPS, "teacher_steps": 8},
+        "networks": {
+            "student": {"type": "diffusers_model", "path": str(folder)},
+            "teacher": {"type": "diffusers_model", "path": str(folder), "frozen": True},
+        },
+        "players": {"student": {"optimizer": {"type": "adam", "lr": 1e-3}}},
+        "data": {"train": str(data)},
+        "train": {"duration": "5 steps", "global_batch": 4},
+    }
+    if "type" in changes.get("objective", {}):
+        recipe["objective"] = {"steps": STEPS}
+    for key, value in changes.items():
+        recipe[key] = _merged(recipe[key], value)
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return train(load(str(root / "recipe.yaml"), []), "run", root, observers=[])
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = {**old, **{k: _merged(old.get(k), v) for k, v in new.items()}}
+        return {k: v for k, v in found.items() if v is not None}
+    return new

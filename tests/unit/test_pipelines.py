@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -25,27 +22,11 @@ from scaletrain.export import plain_pipeline as plain
 from scaletrain.networks import diffusers_model as networks
 from scaletrain.networks.build import build, outline, save
 from scaletrain.recipe import load
-from tests.unit.diffusers_pipelines import COUNT, FAMILIES, SIDE, TOKENS, saved, texts
+from tests.unit.diffusers_pipelines import COUNT, FAMILIES, SIDE, STEPS, TOKENS, Pipes, distil, texts, write_data
 
 diffusers = pytest.importorskip("diffusers")
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-STEPS = 4
-Pipes = Callable[[str], tuple[Path, Any]]
-
-
-@pytest.fixture(scope="module")
-def pipes(tmp_path_factory: pytest.TempPathFactory) -> Pipes:
-    """A folder of each family, made when it is asked for, and the pipeline that was written to it."""
-    made: dict[str, tuple[Path, Any]] = {}
-
-    def of(family: str) -> tuple[Path, Any]:
-        if family not in made:
-            folder = tmp_path_factory.mktemp(family)
-            made[family] = folder, saved(family, folder)
-        return made[family]
-
-    return of
 
 
 def plan_of(folder: Path) -> Plan:
@@ -260,54 +241,6 @@ def test_new_networks_are_made_by_their_class_and_the_data() -> None:
 
 
 # --- distilled and exported -------------------------------------------------------------------------------------------
-
-
-def write_data(folder: Path, family: str, shape: tuple[int, ...], rows: int = 16) -> Path:
-    torch.manual_seed(1)
-    columns = {
-        "image" if family == "unconditional" else "latent": 0.5 * torch.randn(rows, *shape),
-        **texts(family, rows),
-    }
-    if family == "dit":
-        columns["label"] = torch.arange(rows)
-    pq.write_table(pa.table({k: v.tolist() for k, v in columns.items()}), folder / "data.parquet")
-    return folder / "data.parquet"
-
-
-def distil(folder: Path, data: Path, root: Path, **changes: Any) -> Path:
-    from scaletrain.runs import train
-
-    recipe: dict[str, Any] = {
-        "objective": {"type": "progressive", "steps": STEPS, "teacher_steps": 8},
-        "networks": {
-            "student": {"type": "diffusers_model", "path": str(folder)},
-            "teacher": {"type": "diffusers_model", "path": str(folder), "frozen": True},
-        },
-        "players": {"student": {"optimizer": {"type": "adam", "lr": 1e-3}}},
-        "data": {"train": str(data)},
-        "train": {"duration": "5 steps", "global_batch": 4},
-    }
-    for key, value in changes.items():
-        recipe[key] = _merged(recipe[key], value)
-    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return train(load(str(root / "recipe.yaml"), []), "run", root, observers=[])
-
-
-def _merged(old: Any, new: Any) -> Any:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return {**old, **{k: _merged(old.get(k), v) for k, v in new.items()}}
-    return new
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the gate load in this process, which imported diffusers already."""
-
-    def elsewhere(asked: Mapping[str, Any], probe: Any, program: Any) -> tuple[Tensor, dict[str, Any]]:
-        pipe = program.load(asked["folder"], asked["base"])
-        return program.samples(pipe, dict(probe.inputs), asked["seed"], asked["options"]), {}
-
-    monkeypatch.setattr(exporting, "elsewhere", elsewhere)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scaletrain.data.cache import cache_root
 from scaletrain.data.kept import CALLS
-from scaletrain.data.pairs import Pairs, WithPairs, drawn_labels, normal
+from scaletrain.data.pairs import Pairs, WithPairs, drawn_labels, drawn_scales, normal
 from scaletrain.data.points import draws
 from scaletrain.data.sources import Rows
 from scaletrain.data.tables import ArrayTable
@@ -27,8 +27,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pairs_of(count: int = 75, batch: int = 2, **options: object) -> Pairs:
-    labels = np.arange(count) % 3
-    return Pairs(count, (2,), 5, labels, batch, "float32", *options.values())
+    return Pairs(count, (2,), 5, {"label": torch.arange(count) % 3}, batch, "float32", *options.values())
 
 
 def made(given: dict[str, Tensor]) -> Tensor:
@@ -59,6 +58,9 @@ def test_noise_and_label_are_functions_of_the_number_alone() -> None:
     labels = drawn_labels(9000, 3, key=1)
     assert np.array_equal(drawn_labels(100, 3, key=1), labels[:100])
     assert np.bincount(labels).tolist() == pytest.approx([3000] * 3, abs=200)
+    scales = drawn_scales(9000, 1.0, 4.0, key=1)
+    assert np.array_equal(drawn_scales(100, 1.0, 4.0, key=1), scales[:100])
+    assert kstest(scales, "uniform", args=(1.0, 3.0)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 75])
@@ -139,7 +141,7 @@ def test_half_precision_is_kept_in_half_the_space() -> None:
     sizes: list[int] = []
     kinds: tuple[Literal["float32"], Literal["float16"]] = ("float32", "float16")
     for stored in kinds:
-        pairs = Pairs(4000, (8,), 5, None, 500, stored, "x")
+        pairs = Pairs(4000, (8,), 5, {}, 500, stored, "x")
         for part in pairs.missing():
             pairs.write(part, lambda given: 3 * given["noise"])
         found = pairs.take(np.arange(100))

@@ -4,6 +4,7 @@ the critic.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,29 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scaletrain.config import NetworkSpec, Recipe
-from scaletrain.data.sources import Rows
-from scaletrain.data.tables import ArrayTable
+from scaletrain.config import NetworkSpec
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import Cosine
 from scaletrain.diffusion.reading import Reading
+from scaletrain.diffusion.texts import summary
 from scaletrain.evaluate.distances import energy_distance
 from scaletrain.networks.build import build
-from scaletrain.objectives.adversarial import Config, Objective
-from tests.unit.objectives.prepared import prepared
+from tests.unit.objectives.judged import gradients, judged
 
-TEACHER = {"type": "mixture", "config": {"modes": "ring", "count": 3, "radius": 2.0, "sigma": 0.3}, "frozen": True}
-
-
-def objective(**options: Any) -> Objective:
-    recipe = Recipe.model_validate({
-        "objective": {"type": "adversarial", **options},
-        "networks": {"teacher": TEACHER},
-        "data": {"train": "noise:512"},
-    })  # fmt: skip
-    found = Objective(Config(**options), recipe)
-    prepared(found, Rows([ArrayTable("noise", {"draw": torch.zeros(512).numpy()})]), None)
-    return found
+objective = partial(judged, "adversarial")
 
 
 @pytest.fixture(autouse=True)
@@ -123,23 +111,13 @@ def test_the_student_sees_data_at_the_times_of_its_steps() -> None:
 @pytest.mark.parametrize("contest", ["hinge", "non_saturating"])
 def test_each_turn_gives_gradients_to_its_own_player(contest: str) -> None:
     game = objective(contest=contest, r1=0.1, condition="label", steps=2)
-    networks: dict[str, nn.Module] = {}
-    for name, spec in game.networks().items():
-        networks[name] = build(name, spec)
-        for parameter in networks[name].parameters():
-            nn.init.normal_(parameter, std=0.1)
-    for turn in game.turns:
-        for name, network in networks.items():
-            network.requires_grad_(name == turn.player).zero_grad()
-        terms = game.loss(turn, networks, {"draw": torch.arange(8)})
-        sum(term.weight * term.sum for term in terms.values()).backward()  # type: ignore[union-attr]
-        for name, network in networks.items():
-            found = any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in network.parameters())
-            assert found == (name == turn.player), name
+    for player, found in gradients(game).items():
+        for name, has in found.items():
+            assert any(has) == (name == player), name
 
 
 @pytest.mark.parametrize("kind", ["point_critic", "conv_critic"])
-def test_critics_are_told_the_time_and_the_class(kind: str) -> None:
+def test_critics_are_told_the_time_the_class_and_the_text(kind: str) -> None:
     shape = {"dim": 2} if kind == "point_critic" else {"channels": 1, "height": 8, "width": 8, "features": [8, 16]}
     critic = build("critic", NetworkSpec(type=kind, config={**shape, "classes": 3}))
     for parameter in critic.parameters():
@@ -150,6 +128,23 @@ def test_critics_are_told_the_time_and_the_class(kind: str) -> None:
     assert said.shape == (4,)
     assert len({round(v, 5) for v in said.tolist()}) == 4
     torch.testing.assert_close(critic(z[3:], t[3:]), said[3:])  # the last label is none
+    reader = build("critic", NetworkSpec(type=kind, config={**shape, "text": 5}))
+    text, plain = torch.randn(4, 5), reader(z, t)
+    torch.testing.assert_close(reader(z, t, text=text), plain)  # which at first is not heeded
+    for parameter in reader.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    same = reader(z[:1].expand_as(z), t[:1].expand(4), text=text)
+    assert len({round(v, 5) for v in same.tolist()}) == 4
+    torch.testing.assert_close(reader(z, t, text=3 * text + 1), reader(z, t, text=text), rtol=1e-3, atol=1e-4)
+
+
+def test_a_texts_vector_is_the_encoders_or_the_mean_of_what_is_not_masked() -> None:
+    embeds, pooled = torch.randn(2, 3, 4), torch.randn(2, 5)
+    assert torch.equal(summary({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}), pooled)
+    torch.testing.assert_close(summary({"prompt_embeds": embeds}), embeds.mean(1))
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    found = summary({"prompt_embeds": embeds, "prompt_attention_mask": mask})
+    torch.testing.assert_close(found, torch.stack([embeds[0, :2].mean(0), embeds[1].mean(0)]))
 
 
 def trained(steps: int, **options: Any) -> float:

@@ -209,7 +209,7 @@ def test_samples_follow_algorithm_1() -> None:
         x = to_data(student, z, torch.full((5,), now))
         if then:
             z = student.path.noisy(x, torch.randn(5, 2), torch.full((5,), then))
-    torch.testing.assert_close(found, x)
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-3)  # of this path, next to no noise is left at the first time
 
 
 def test_samples_without_fresh_noise_follow_from_the_first() -> None:

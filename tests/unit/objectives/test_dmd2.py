@@ -5,8 +5,9 @@ right and broken.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ from torch import Tensor, nn
 
 from scaletrain.config import AdapterSpec, NetworkSpec, Recipe
 from scaletrain.data.dataset import TensorDataset
-from scaletrain.data.sources import Rows
-from scaletrain.data.tables import ArrayTable
 from scaletrain.diffusion.denoiser import Denoiser
 from scaletrain.diffusion.path import EDM, Cosine, Flow
 from scaletrain.diffusion.reading import Reading
@@ -29,22 +28,10 @@ from scaletrain.networks.build import build, save
 from scaletrain.networks.mixture import Mixture
 from scaletrain.objectives.base import Data, RunView
 from scaletrain.objectives.dmd2 import Config, Objective
+from tests.unit.objectives.judged import DRAWS, gradients, judged
 from tests.unit.objectives.prepared import prepared
 
-TEACHER = {"type": "mixture", "config": {"modes": "ring", "count": 3, "radius": 2.0, "sigma": 0.3}, "frozen": True}
-DRAWS = Rows([ArrayTable("noise", {"draw": torch.zeros(512).numpy()})])
-
-
-def objective(networks: Mapping[str, Any] | None = None, **options: Any) -> Objective:
-    """Return one whose teacher is a mixture, which has seen its data."""
-    recipe = Recipe.model_validate({
-        "objective": {"type": "dmd2", **options},
-        "networks": {"teacher": TEACHER, **(networks or {})},
-        "data": {"train": "noise:512"},
-    })  # fmt: skip
-    found = Objective(Config(**options), recipe)
-    prepared(found, DRAWS, None)
-    return found
+objective = partial(judged, "dmd2")
 
 
 def batch(count: int) -> dict[str, Tensor]:
@@ -240,6 +227,32 @@ def _with_critic(recipe: Recipe, folder: Path) -> Objective:
     return game
 
 
+def test_all_networks_are_told_one_scale_of_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each sample, of the range; and the recipe's where samples are judged."""
+    game = objective(condition="label", guidance=2.0)
+    game._signature = game.signature.model_copy(update={"guidance": (1.5, 4.0)})
+    networks = {name: build(name, spec) for name, spec in game.networks().items()}
+    assert all(networks[name].settings.guidance for name in ("student", "fake_score"))
+    told: dict[str, Any] = {}
+    for name in ("student", "fake_score"):
+        networks[name].register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: told.update({name: kwargs["guidance"]}), with_kwargs=True
+        )
+    guided = game.guided
+
+    def asked(denoiser: Denoiser, scale: Any = None) -> Denoiser:
+        told["teacher"] = scale
+        return guided(denoiser, scale)
+
+    monkeypatch.setattr(game, "guided", asked)
+    game.loss(game.turns[1], networks, batch(64))
+    assert torch.equal(told["student"], told["fake_score"])
+    assert torch.equal(told["student"], told["teacher"])
+    assert 1.5 <= told["student"].min() < 2.0 < 3.5 < told["student"].max() <= 4.0
+    game.evaluate(networks, batch(8))
+    assert (told["student"] == 2.0).all()
+
+
 def test_turns_keep_the_fake_score_ahead() -> None:
     assert [(t.player, t.every) for t in objective().turns] == [("fake_score", 1), ("student", 5)]
     turns = objective(every=2, adversarial=0.1).turns
@@ -252,19 +265,9 @@ CRITICISED = {"adversarial": 0.5, "contest": "non_saturating", "r1": 0.1}
 @pytest.mark.parametrize("options", [{}, CRITICISED, {"steps": 2, "condition": "label"}])
 def test_each_turn_gives_gradients_to_its_own_player(options: dict[str, Any]) -> None:
     game = objective(**options)
-    networks: dict[str, nn.Module] = {}
-    for name, spec in game.networks().items():
-        networks[name] = build(name, spec)
-        for parameter in networks[name].parameters():
-            nn.init.normal_(parameter, std=0.1)
-    for turn in game.turns:
-        for name, network in networks.items():
-            network.requires_grad_(name == turn.player).zero_grad()
-        terms = game.loss(turn, networks, batch(6))
-        sum(term.weight * term.sum for term in terms.values()).backward()  # type: ignore[union-attr]
-        for name, network in networks.items():
-            found = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in network.parameters()]
-            assert all(found) if name == turn.player else not any(found), name
+    for player, found in gradients(game).items():
+        for name, has in found.items():
+            assert all(has) if name == player else not any(has), name
 
 
 TARGETS = {"point_denoiser": ["first", "last"], "unet": ["conv1", "modulate", "last"]}
