@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, final
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from scaletrain.networks._conditions import Conditioned, Conditions, Waves
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Config(Conditioned):
@@ -36,9 +34,7 @@ class TimedPerceptron(nn.Module):
     def __init__(self, config: Config, outputs: int):
         super().__init__()
         self.settings = config
-        self.activation: Callable[[Tensor], Tensor] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[
-            config.activation
-        ]
+        self.activation = _ACTIVATIONS[config.activation]()
         self.waves = Waves(config.fastest)
         self.first = nn.Linear(config.dim, config.hidden[0])
         self.times = nn.Linear(2 * len(self.waves.frequencies), config.hidden[0])
