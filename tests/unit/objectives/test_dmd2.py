@@ -330,7 +330,8 @@ def test_without_data_the_table_compares_halves_of_the_held_out_samples(tmp_path
     game._source = None  # a teacher that draws no samples
     held = TensorDataset({"point": torch.randn(40, 2)})
     data = Data(TensorDataset({"draw": torch.arange(9)}), held)
-    judge = game._judge(RunView(tmp_path, (), data, torch.device("cpu"), 0, None, None, None))  # type: ignore[arg-type]
+    view = RunView(tmp_path, (), data, torch.device("cpu"), 0, None, None, None)  # type: ignore[arg-type]
+    judge = game._judge(view, lambda samples: samples)
     expected = energy_distance(held.tensors["point"][::2], held.tensors["point"][1::2])
     assert judge.floor()["energy_distance"] == pytest.approx(expected)
 

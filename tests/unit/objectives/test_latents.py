@@ -108,7 +108,7 @@ def test_samples_are_decoded_and_the_network_comes_along(folder: Path) -> None:
     def model(z: Tensor, t: Tensor) -> Tensor:
         return latents
 
-    objective.solve_with = lambda denoiser: lambda noise, steps, told: latents  # type: ignore[method-assign]
+    objective.sampler = lambda network: lambda noise, steps, told: latents  # type: ignore[method-assign]
     request = Request(2, torch.Generator().manual_seed(0))
     module = network(folder)
     with torch.no_grad():
