@@ -71,7 +71,8 @@ COLUMNS = {"frechet": "{:.2f}", "confident": "{:.1%}", "entropy": "{:.3f}", "rms
 
 def run(recipe: str, name: str, options: argparse.Namespace, changes: list[str]) -> float:
     """Train in a process of its own, or go on with what is there. Returns the seconds that it took."""
-    if (options.root / name / "summary.json").exists():
+    summary = options.root / name / "summary.json"
+    if summary.exists() and json.loads(summary.read_text())["status"] == "done":
         return 0.0
     data = [f"data.train={options.train}", f"data.eval={options.eval}", "data.holdout=null"]
     command = [sys.executable, "-m", "scaletrain", "run", recipe, *changes, *data, *options.override]

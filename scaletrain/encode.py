@@ -121,6 +121,8 @@ def encode(source: str, run: Path | None, data: SourceSpec, out: Path, options: 
     else:
         rows.require("image", "what is encoded")
     pictures = "image" in rows.columns
+    if options.size and not pictures:
+        raise UserError("--size is for pictures, and the data have no column `image`; leave it out.")
     network, latents, size = _of_run(run) if run else _of_pipeline(source, pictures)
     encoders: list[_Encoder] = []
     device = default_device()
@@ -134,7 +136,8 @@ def encode(source: str, run: Path | None, data: SourceSpec, out: Path, options: 
     if not encoders:
         raise UserError(f"`{source}` has no autoencoder, and no --text is given: there is nothing to encode.")
     per_file = len(rows) if out.suffix == ".parquet" else options.rows
-    partial = _partial(out, {"rows": rows.fingerprint, "latents": latents and latents.autoencoder, **asdict(options)})
+    about = {"source": source, "rows": rows.fingerprint, "latents": latents and latents.autoencoder, **asdict(options)}
+    partial = _partial(out, about)
     bounds = [*range(0, len(rows), per_file), len(rows)]
     names = [f"part-{i:05d}-of-{len(bounds) - 1:05d}.parquet" for i in range(len(bounds) - 1)]
     kept = [column for column in rows.columns if not (column == "image" and network is not None)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,11 +46,12 @@ def do_ahead(
     try:
         networks, weights = world.agree(lambda: build_networks(specs, shelf, None, engine, recipe.seed, stage.name))
         engine.wrap(networks, in_parts(specs, networks), weights)
-        for first in range(0, len(missing), world.size):
+        rounds = _rounds(missing, ahead.kind, world.size)
+        for number, parts in enumerate(rounds, 1):
             if world.total([float(stopped())])[0]:
                 raise Interrupted("stopped before a step was taken; run the same command again to go on.")
-            log.info("%s: part %d of %d", ", ".join(networks), first + 1, len(missing))
-            part = missing[min(first + world.rank, len(missing) - 1)]  # at the end some do what another does
+            log.info("%s: part %d of %d", ", ".join(networks), number, len(rounds))
+            part = parts[min(world.rank, len(parts) - 1)]  # at the end some do what another does
             with torch.no_grad(), autocast(world.device, recipe.train.precision):
                 ahead.do(networks, world.device, part)
     finally:
@@ -60,6 +61,14 @@ def do_ahead(
         raise agreed(
             UserError("a process does not see what another has written: SCALETRAIN_CACHE must be on a shared disk.")
         )
+
+
+def _rounds(parts: Sequence[int], kind: Callable[[int], Hashable], size: int) -> list[list[int]]:
+    """Return parts that so many processes do at a time, all of one kind."""
+    kinds: dict[Hashable, list[int]] = {}
+    for part in parts:
+        kinds.setdefault(kind(part), []).append(part)
+    return [alike[first : first + size] for alike in kinds.values() for first in range(0, len(alike), size)]
 
 
 def enriched(

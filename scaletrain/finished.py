@@ -157,13 +157,13 @@ def evaluate(
         held = world.agree(lambda: run.held(data), main_first=True)
         if held is not None and (ahead := run.objective.ahead()):
             do_ahead(ahead, ahead.networks, run.stage, Shelf(folder), world, lambda: False)
+        metrics = {}
+        if held is not None:
+            metrics = evaluate_set(run.objective, run.networks(world.device), held, recipe, world)
         report = None if data else world.on_main(lambda: report_on(folder, world.device))
         if held is None and report is None:
             raise agreed(UserError("there is no evaluation data: give --data FILE, or data.eval in the recipe."))
-        if held is None:
-            return {}, (), report
-        metrics = evaluate_set(run.objective, run.networks(world.device), held, recipe, world)
-        return metrics, sources_of(held), report
+        return metrics, () if held is None else sources_of(held), report
     finally:
         world.close()
 

@@ -53,10 +53,14 @@ class Shelf:
         """Build a network without its weights, as those that it continues from have it (see `networks.build`)."""
         if spec.source is None:
             return outline(name, spec)
-        kind, _, rest = spec.source.partition(":")
+        return outline(name, spec, self.outline_of(spec.source))
+
+    def outline_of(self, source: str) -> nn.Module:
+        """Build the network that a `from` names without its weights."""
+        kind, _, rest = source.partition(":")
         place, _, network = rest.rpartition("/")
-        origin, shelf = self.spec(spec.source), self if kind == "stage" else Shelf(Path(place))
-        return outline(name, spec, shelf.outline(network, origin))
+        shelf = self if kind == "stage" else Shelf(Path(place))
+        return shelf.outline(network, self.spec(source))
 
     def folder(self, source: str) -> Path:
         """Return the folder of the network that a `from` names, whether or not it holds weights of its own."""

@@ -52,10 +52,10 @@ class Encodings(InBatches):
 
 @final
 class EncodedDataset(Dataset):
-    """{latent (B, ...), label (B,) where there are}: the latents must have been written when they are taken."""
+    """{latent (B, ...), and `tensors`, (N, ...) each}: the latents must have been written when they are taken."""
 
-    def __init__(self, rows: Rows, encodings: Encodings, labels: npt.NDArray[np.int64] | None):
-        self._rows, self._encodings, self._labels = rows, encodings, labels
+    def __init__(self, rows: Rows, encodings: Encodings, tensors: dict[str, Tensor]):
+        self._rows, self._encodings, self.tensors = rows, encodings, tensors
 
     def __len__(self) -> int:
         return self._encodings.count
@@ -65,7 +65,7 @@ class EncodedDataset(Dataset):
         return {"number": index}
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Take latents and labels of these numbers."""
+        """Take latents and what stands beside them, of these numbers."""
         return self._taken(np.array([example["number"] for example in examples]))
 
     def batch(self, indices: Sequence[int], seeds: npt.NDArray[np.uint64]) -> dict[str, Tensor]:
@@ -73,10 +73,8 @@ class EncodedDataset(Dataset):
         return self._taken(np.asarray(indices))
 
     def _taken(self, numbers: Int) -> dict[str, Tensor]:
-        found = {"latent": self._encodings.take(numbers)}
-        if self._labels is not None:
-            found["label"] = torch.from_numpy(self._labels[numbers])
-        return found
+        rows = torch.from_numpy(numbers)
+        return {"latent": self._encodings.take(numbers), **{k: v[rows] for k, v in self.tensors.items()}}
 
     def name(self, index: int) -> str:
         """Return the row's name."""

@@ -133,8 +133,12 @@ class Rows:
         return parts[0] if len(parts) == 1 and self._indices is None else Column(parts, self._indices)
 
     def array(self, name: str) -> np.ndarray | None:
-        """Return a column of numbers, in lists or not, as one array (N, ...), where that is how it is kept."""
+        """Return a column of numbers, in lists or not, as one array (N, ...), where that is how it is kept; None, too,
+        where few rows are chosen, which are sooner read one by one.
+        """
         self.require(name, "asked for by name")
+        if self._indices is not None and 4 * len(self._indices) < sum(len(table) for table in self._tables):
+            return None
         parts: list[np.ndarray] = []
         for table, roles in zip(self._tables, self._roles, strict=True):
             column = table.column(roles.get(name, name))

@@ -71,6 +71,11 @@ class Pipeline:
         """Pixels to a latent, in each direction."""
         return int(2 ** (len(self.part("vae").get("block_out_channels", [0])) - 1))
 
+    @property
+    def text_encoders(self) -> list[str]:
+        """The names of its parts that encode texts."""
+        return [k for k in self.index if k.startswith("text_encoder") and self.part(k)]
+
     def complete(self) -> Path:
         """Return the folder with the weights of all parts but the denoiser."""
         if Path(self.path).is_dir():
@@ -132,8 +137,7 @@ class Pipeline:
         """Load the text encoders. Returns what says of prompts what they do, by column. Raises UserError."""
         import diffusers
 
-        encoders = [k for k in self.index if k.startswith("text_encoder") and self.part(k)]
-        if not encoders:
+        if not self.text_encoders:
             raise UserError(
                 f"`{self.folder}` has no text encoder: give `objective.no_text`, a safetensors file with what stands "
                 "for no text."

@@ -19,8 +19,6 @@ class Conditioned(Strict):
 
     classes: int = Field(0, ge=0)
     """Of the labels that it is told; one more stands for none. 0: it is told no label."""
-    text: int = Field(0, ge=0)
-    """Numbers of the vector that it is told of a text; 0: it is told none."""
     guidance: bool = False
     """Whether it is told the scale of guidance that it is to answer with."""
     target: bool = False
@@ -52,12 +50,12 @@ class Conditions(nn.Module):
     So a network that goes on from one that is told less answers as that one does.
     """
 
-    def __init__(self, config: Conditioned, size: int):
+    def __init__(self, config: Conditioned, size: int, text: int = 0):
         super().__init__()
         self.waves = Waves(config.fastest)
         self.label = nn.Embedding(config.classes + 1, size) if config.classes else None
         wide = 2 * len(self.waves.frequencies)
-        self.text = nn.Linear(config.text, size, bias=False) if config.text else None
+        self.text = nn.Linear(text, size, bias=False) if text else None
         self.guidance = nn.Linear(wide, size, bias=False) if config.guidance else None
         self.target = nn.Linear(wide, size, bias=False) if config.target else None
         for module in (self.label, self.text, self.guidance, self.target):

@@ -26,6 +26,8 @@ class Config(Conditioned):
     width: int = Field(28, ge=1)
     features: list[int] = Field([32, 64], min_length=1)
     """Feature maps of each level, multiples of 8; each level after the first has half the height and width."""
+    text: int = Field(0, ge=0)
+    """Numbers of the vector that it is told of a text; 0: it is told none."""
     blocks: int = Field(1, ge=1)
     """Residual blocks of each level."""
     time_features: int = Field(128, ge=8, multiple_of=2)
@@ -43,7 +45,7 @@ class ConvCritic(nn.Module):
         if any(f < 8 or f % 8 for f in features):
             raise UserError(f"conv_critic: features must be multiples of 8, not {features}")
         self.settings = config
-        self.times = Times(config, times)
+        self.times = Times(config, times, config.text)
         self.first = nn.Conv2d(config.channels, features[0], 3, padding=1)
         self.halve = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(features))
         self.down = nn.ModuleList(Level(f, f, times, config.blocks) for f in features)

@@ -31,14 +31,14 @@ class Config(Conditioned):
 class TimedPerceptron(nn.Module):
     """z (B, D), t (B,) about 0 to 1 -> (B, outputs)."""
 
-    def __init__(self, config: Config, outputs: int):
+    def __init__(self, config: Config, outputs: int, text: int = 0):
         super().__init__()
         self.settings = config
         self.activation = _ACTIVATIONS[config.activation]()
         self.waves = Waves(config.fastest)
         self.first = nn.Linear(config.dim, config.hidden[0])
         self.times = nn.Linear(2 * len(self.waves.frequencies), config.hidden[0])
-        self.conditions = Conditions(config, config.hidden[0])
+        self.conditions = Conditions(config, config.hidden[0], text)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(config.hidden))
         self.last = nn.Linear(config.hidden[-1], outputs)
         with torch.no_grad():

@@ -39,11 +39,11 @@ class Config(Conditioned):
 class Times(nn.Module):
     """Times (B,), about 0 to 1, and what else is told, to features (B, size), by a small MLP."""
 
-    def __init__(self, config: Conditioned, size: int):
+    def __init__(self, config: Conditioned, size: int, text: int = 0):
         super().__init__()
         self.waves = Waves(config.fastest)
         self.first = nn.Linear(2 * len(self.waves.frequencies), size)
-        self.conditions = Conditions(config, size)
+        self.conditions = Conditions(config, size, text)
         self.second = nn.Linear(size, size)
 
     def forward(self, t: Tensor, **told: Tensor | None) -> Tensor:

@@ -168,6 +168,11 @@ class Denoisers(base.Objective[C], Generic[C]):
         else:
             classes = len(self._classes) if self._classes else before.classes if before else 0
             shape, found = self._measure(train, space, before)
+            if len(shape) != (1 if space == "point" else 3):
+                raise UserError(
+                    f"{train.name(0)}: `{space}` is of shape {shape}; it should be "
+                    f"{'(D,), the coordinates of a point' if space == 'point' else '(C, H, W)'}."
+                )
             if "draw" not in train.columns:
                 self._look(shape[1:])
                 before = self._teacher or self._signature
@@ -176,8 +181,8 @@ class Denoisers(base.Objective[C], Generic[C]):
                     f"`latent` has {shape[0]} channels, and the network denoises {before.shape[0]}: these are latents "
                     "of another autoencoder."
                 )
-        if space == "image" or "image" in train.columns:  # of latents in files, it shows when they are decoded
-            self._check_judge(self.config.shape(train) if space == "latent" else shape)
+        if config.judge:
+            self._check_judge(config.judge, space, shape)
         latents = self._whose(train, eval) if space == "latent" else None
         if condition == "text":
             self._read_texts(train, before)
@@ -210,14 +215,25 @@ class Denoisers(base.Objective[C], Generic[C]):
                 f"{scales[0]:g} to {scales[1]:g}."
             )
 
-    def _check_judge(self, shape: tuple[int, ...]) -> None:
-        """Raise UserError unless the judge is there and takes samples of this shape."""
-        if self.config.judge is None:
-            return
-        takes = Shelf(Path()).spec(self.config.judge).config
-        own = dict(zip(("channels", "height", "width"), shape, strict=False))
-        if {key: takes.get(key) for key in ("channels", "height", "width")} != own:
-            raise UserError(f"objective.judge: `{self.config.judge}` is for {takes}, and samples have {own}.")
+    def _check_judge(self, judge: str, space: Space, shape: tuple[int, ...]) -> None:
+        """Raise UserError unless the judge is there, and a classifier of samples of this shape, which are pictures."""
+        decoded = space == "latent" and self._autoencoder is not None
+        if not self.needs_teacher or not (space == "image" or decoded):
+            raise UserError("objective.judge is for the table of a student of pictures; leave it out.")
+        if decoded:
+            assert self._autoencoder is not None
+            shape = self._autoencoder.picture(shape)
+        spec = Shelf(Path()).spec(judge)
+        takes = tuple(spec.config.get(key) for key in ("channels", "height", "width"))
+        if takes != shape:
+            raise UserError(f"objective.judge: `{judge}` takes pictures of {takes}, and samples are {shape}.")
+        try:
+            logits = Shelf(Path()).outline_of(judge).to("meta")(torch.zeros(2, *shape, device="meta"))
+            fits = logits.dim() == 2
+        except (TypeError, RuntimeError):
+            fits = False
+        if not fits:
+            raise UserError(f"objective.judge: `{judge}` is a `{spec.type}`, no classifier of pictures.")
 
     def _read_texts(self, rows: Rows, before: Signature | None) -> None:
         """Take some texts of the data, to draw samples by, and what stands for none. Raises UserError."""
@@ -340,7 +356,7 @@ class Denoisers(base.Objective[C], Generic[C]):
         if self._autoencoder is not None and signature.space not in rows.columns:
             made = self._autoencoder.encodings(self.config, rows, signature.shape, self.recipe)
             self._encodings.append(made)
-            return _latents.encoded(rows, made, self._classes)
+            return _latents.encoded(rows, made, self._classes, signature.texts)
         if signature.condition is None:
             return points(rows, signature.space)
         found = arrays(rows, [signature.space, *signature.texts]).tensors

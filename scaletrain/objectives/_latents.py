@@ -15,12 +15,13 @@ from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.classes import Classes
 from scaletrain.data.encoded import EncodedDataset, Encodings
 from scaletrain.data.images import Augment, ImageOptions
+from scaletrain.data.points import arrays
 from scaletrain.data.sources import Rows
 from scaletrain.errors import UserError
 from scaletrain.explain import decode
 from scaletrain.networks._latents import METADATA, Latents
 from scaletrain.networks.build import build, outline
-from scaletrain.objectives.base import Ahead, Networks, completed
+from scaletrain.objectives.base import Ahead, Networks, ahead_of, completed
 from scaletrain.shelf import Shelf
 
 NAME = "autoencoder"
@@ -61,11 +62,15 @@ class Autoencoder:
         found: tuple[int, int, int] = self._outline.latent_shape(options.shape(rows))  # type: ignore[operator]
         return found
 
+    def picture(self, latents: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the picture of latents of a shape."""
+        return tuple(self._outline.to("meta")(torch.zeros(1, *latents, device="meta"), "decode").shape[1:])
+
     @cached_property
     def latents(self) -> Latents | None:
         """Whose latents it makes; None where its weights are not there yet, as when a run is planned."""
         if self._folder is None:
-            module = build(NAME, self.spec)
+            module = build(NAME, self.spec.model_copy(update={"dtype": "float32"}))  # by which they are told apart
         elif next(self._folder.glob("*.safetensors"), None) is None:
             return None
         else:
@@ -80,32 +85,33 @@ class Autoencoder:
         if options.augment != Augment():
             raise UserError("objective.augment: pictures are encoded once, before the training; leave it out.")
         pictures = options.shape(rows)
+        if self.shape(options, rows) != shape:
+            raise UserError(
+                f"{rows.name(0)} is of {pictures}, so that its latents are {self.shape(options, rows)}, and those of "
+                f"the training data {shape}: set objective.size."
+            )
         batch = recipe.evaluation_batch
         how = self.latents and self.latents.autoencoder, options.size, pictures, recipe.train.precision
         return Encodings(rows, shape, lambda: options.pictures(rows, False, pictures), batch, *how)
 
 
-def encoded(rows: Rows, encodings: Encodings, classes: Classes | None) -> EncodedDataset:
-    """Return latents as examples, with their classes where there are."""
-    labels = None if classes is None or "label" not in rows.columns else classes.encode(rows, "label")
-    return EncodedDataset(rows, encodings, labels)
+def encoded(rows: Rows, encodings: Encodings, classes: Classes | None, texts: Sequence[str]) -> EncodedDataset:
+    """Return latents as examples, with their classes where there are, and columns that say what texts do."""
+    found = arrays(rows, texts).tensors if texts else {}
+    if classes is not None and "label" in rows.columns:
+        found["label"] = torch.from_numpy(classes.encode(rows, "label"))
+    return EncodedDataset(rows, encodings, found)
 
 
 def encoding(works: Sequence[Encodings], spec: NetworkSpec) -> Ahead | None:
     """Return the work of making latents, or None where there are none to be made."""
     if not works:
         return None
-    parts = [(work, number) for work in works for number in range(work.parts)]
 
-    def missing() -> list[int]:
-        gaps = {id(work): set(work.missing()) for work in works}
-        return [i for i, (work, number) in enumerate(parts) if number in gaps[id(work)]]
+    def do(networks: Networks, device: torch.device, work: Encodings, part: int) -> None:
+        work.write(part, lambda images: networks[NAME](images.to(device), "encode"))
 
-    def do(networks: Networks, device: torch.device, part: int) -> None:
-        work, number = parts[part]
-        work.write(number, lambda images: networks[NAME](images.to(device), "encode"))
-
-    return Ahead({NAME: spec}, missing, do)
+    return ahead_of({NAME: spec}, works, do)
 
 
 def pictures_of(autoencoder: nn.Module, latents: Tensor) -> Tensor:

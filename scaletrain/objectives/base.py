@@ -14,10 +14,10 @@ It knows no optimiser, no rank, no device and no engine. The life of one:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from scaletrain.config import NetworkSpec, Recipe, Strict
 from scaletrain.errors import UserError
@@ -110,12 +110,46 @@ class Ahead:
 
     networks: which, by name. missing: gives the numbers of the parts of the work that are not done yet. do: does one,
     of these networks on this device, without gradients; called on every rank equally often, perhaps twice for the same
-    part, and calls the networks as often for each part.
+    part. kind: of a part; processes do parts of one kind at a time, which call the networks equally often.
     """
 
     networks: Mapping[str, NetworkSpec]
     missing: Callable[[], list[int]]
     do: Callable[[Networks, torch.device, int], None]
+    kind: Callable[[int], Hashable]
+
+
+class Source(Protocol):
+    """Data of which something is kept in parts."""
+
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+        ...
+
+    def missing(self) -> list[int]:
+        """Return the numbers of those that are not there yet."""
+        ...
+
+
+S = TypeVar("S", bound=Source)
+
+
+def ahead_of(
+    networks: Mapping[str, NetworkSpec], sources: Sequence[S], do: Callable[[Networks, torch.device, S, int], None]
+) -> Ahead:
+    """Return the work of sources, each a kind of its own. do: does a part of one."""
+    parts = [(number, part) for number, source in enumerate(sources) for part in range(source.parts)]
+
+    def missing() -> list[int]:
+        gaps = [set(source.missing()) for source in sources]
+        return [i for i, (number, part) in enumerate(parts) if part in gaps[number]]
+
+    def one(found: Networks, device: torch.device, number: int) -> None:
+        source, part = parts[number]
+        do(found, device, sources[source], part)
+
+    return Ahead(networks, missing, one, kind=lambda number: parts[number][0])
 
 
 def together(first: Ahead | None, second: Ahead) -> Ahead:
@@ -130,7 +164,10 @@ def together(first: Ahead | None, second: Ahead) -> Ahead:
     def do(networks: Networks, device: torch.device, part: int) -> None:
         works[part % 2].do(networks, device, part // 2)
 
-    return Ahead({**first.networks, **second.networks}, missing, do)
+    def kind(part: int) -> Hashable:
+        return part % 2, works[part % 2].kind(part // 2)
+
+    return Ahead({**first.networks, **second.networks}, missing, do, kind)
 
 
 class Objective(ABC, Generic[C]):

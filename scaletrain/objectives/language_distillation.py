@@ -37,11 +37,10 @@ from scaletrain.objectives._divergence import Kind, bucketed, divergence
 from scaletrain.objectives._identity import identity
 from scaletrain.objectives._on_policy import batch_of, continued, prompts_of
 from scaletrain.objectives._speaking import Speaking
-from scaletrain.objectives.base import Ahead, Networks, completed
+from scaletrain.objectives.base import Ahead, Networks, ahead_of, completed
 from scaletrain.player import Batch, Term, Turn
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerFast
 
     from scaletrain.data.sources import Rows
@@ -276,19 +275,11 @@ class Objective(Speaking[Config]):
         """Have the teacher say, once, what is kept."""
         if self.config.cache is None:
             return None
-        parts = [(kept, number) for kept in self._kept for number in range(kept.parts)]
+        return ahead_of({"teacher": self._both()["teacher"]}, self._kept, self._ask)
 
-        def missing() -> list[int]:
-            gaps = {id(kept): set(kept.missing()) for kept in self._kept}
-            return [i for i, (kept, number) in enumerate(parts) if number in gaps[id(kept)]]
-
-        def do(networks: Networks, device: torch.device, part: int) -> None:
-            self._ask(networks["teacher"], device, *parts[part])
-
-        return Ahead({"teacher": self._both()["teacher"]}, missing, do)
-
-    def _ask(self, teacher: nn.Module, device: torch.device, kept: TopK, part: int) -> None:
+    def _ask(self, networks: Networks, device: torch.device, kept: TopK, part: int) -> None:
         """Write what the teacher says of one part of a data set."""
+        teacher = networks["teacher"]
         assert self.config.cache is not None
         found, lengths = [], []
         for indices in kept.calls(part):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scaletrain.config import NetworkSpec, Recipe
 from scaletrain.data.dataset import Dataset, TensorDataset
+from scaletrain.data.encoded import EncodedDataset
 from scaletrain.data.order import key_of
 from scaletrain.data.pairs import Labels, Pairs, WithPairs, drawn_labels, drawn_scales
 from scaletrain.data.sources import Rows
@@ -29,7 +30,7 @@ from scaletrain.errors import UserError
 from scaletrain.evaluate.few_steps import Sampler
 from scaletrain.objectives import _denoising
 from scaletrain.objectives._identity import identity
-from scaletrain.objectives.base import Ahead, Networks, RunView, together
+from scaletrain.objectives.base import Ahead, Networks, RunView, ahead_of, together
 from scaletrain.player import Batch, Term, Turn
 
 
@@ -102,7 +103,7 @@ class Objective(_denoising.Objective[Config]):
             labels = self._labels(rows, key)
             told["label"], about = torch.from_numpy(labels), (*about, labels.tobytes())
         elif signature.condition == "text":
-            assert isinstance(dataset, TensorDataset)
+            assert isinstance(dataset, (TensorDataset, EncodedDataset))
             told, about = {k: dataset.tensors.pop(k) for k in signature.texts}, (*about, rows.fingerprint)
         if signature.guidance:
             told["guidance"] = torch.from_numpy(drawn_scales(count, *signature.guidance, key))
@@ -135,24 +136,18 @@ class Objective(_denoising.Objective[Config]):
     def ahead(self) -> Ahead:
         """Have the teacher make the samples, once."""
         sources = [*self._pairs["train"], *self._pairs["held"]]
-        parts = [(pairs, number) for pairs in sources for number in range(pairs.parts)]
 
-        def missing() -> list[int]:
-            gaps = {id(pairs): set(pairs.missing()) for pairs in sources}
-            return [i for i, (pairs, number) in enumerate(parts) if number in gaps[id(pairs)]]
-
-        def do(networks: Networks, device: torch.device, part: int) -> None:
-            pairs, number = parts[part]
-            torch.manual_seed(key_of(pairs.key, number))  # for a solver that draws
+        def do(networks: Networks, device: torch.device, pairs: Pairs, part: int) -> None:
+            torch.manual_seed(key_of(pairs.key, part))  # for a solver that draws
 
             def made(given: dict[str, Tensor]) -> Tensor:
                 there = {name: value.to(device) for name, value in given.items()}
                 teacher = self.teacher(networks, there)
                 return sample(teacher, there["noise"], self.config.teacher_steps, self.config.solver)
 
-            pairs.write(number, made)
+            pairs.write(part, made)
 
-        return together(super().ahead(), Ahead({"teacher": super().networks()["teacher"]}, missing, do))
+        return together(super().ahead(), ahead_of({"teacher": super().networks()["teacher"]}, sources, do))
 
     # --- in the loop --------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scaletrain.config import NetworkSpec, SourceSpec
 from scaletrain.data.sources import Rows, open_rows
+from scaletrain.data.tables import ArrayTable
 from scaletrain.diffusion.path import Cosine
 from scaletrain.diffusion.reading import Reading
 from scaletrain.diffusion.signature import Signature
@@ -99,6 +100,32 @@ def test_pictures_are_encoded_once_and_kept(folder: Path) -> None:
     (folder / "statistics.json").write_text(json.dumps({"mean": [0, 0], "variance": [1, 4], "batches": 1}))
     again = denoising(folder, condition="label")[0]
     assert again.ahead().missing()
+
+
+def test_pictures_of_another_size_than_those_trained_on_are_refused(folder: Path) -> None:
+    objective = unprepared(diffusion, frozen(folder))
+    images = np.zeros((4, 8, 8), np.uint8)
+    other = Rows([ArrayTable("other", {"image": images})])
+    with pytest.raises(UserError, match=r"other row 0 is of \(1, 8, 8\).*set objective.size"):
+        prepared(objective, pictures(), other)
+
+
+def test_texts_stand_beside_latents(folder: Path) -> None:
+    rows = pictures(6)
+    embeds = np.random.default_rng(0).normal(size=(6, 3, 4)).astype(np.float32)
+    columns = {"image": np.stack(list(rows.column("image"))), "prompt_embeds": embeds}
+    objective = unprepared(diffusion, frozen(folder), condition="text")
+    data = prepared(objective, Rows([ArrayTable("texts", columns)]), None)
+    worked(objective, {"autoencoder": network(folder)})
+    found = whole(data.train)
+    np.testing.assert_array_equal(found["prompt_embeds"].numpy(), embeds)
+    assert objective.told(found)["prompt_embeds"] is found["prompt_embeds"]
+
+
+def test_latents_must_be_pictures_of_channels(tmp_path: Path) -> None:
+    rows = Rows([ArrayTable("flat", {"latent": np.zeros((4, 3), np.float32)})])
+    with pytest.raises(UserError, match=r"row 0: `latent` is of shape \(3,\); it should be \(C, H, W\)"):
+        prepared(unprepared(diffusion, {}), rows, None)
 
 
 def test_samples_are_decoded_and_the_network_comes_along(folder: Path) -> None:

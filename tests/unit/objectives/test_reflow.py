@@ -321,10 +321,9 @@ def test_killed_while_pairs_are_made_it_goes_on_to_the_same(tmp_path: Path, monk
     table = json.loads((tmp_path / "parts" / "steps.json").read_text())
     assert "1" in table["student"]
     shutil.rmtree(cache_root() / "pairs")
-    codes, text = start(["evaluate", tmp_path / "parts"]).finish()
-    assert codes == [2]
-    assert "is not there: what the teacher says of these data" in text
-    assert "Traceback" not in text
+    said = run(["evaluate", tmp_path / "parts"])  # makes those of the held-out rows again
+    assert "energy distance" in said
+    assert 0 < len(cached_arrays()) < len(expected)
 
 
 @pytest.mark.slow
