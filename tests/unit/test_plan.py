@@ -30,7 +30,8 @@ from tests.recipes.tiny import make_data, overrides
 RECIPES = (
     "quickstart", "lm/pretrain", "lm/lora", "lm/dpo", "lm/kto", "lm/distill", "lm/qat", "text/classify",
     "text/regress", "text/tag", "text/distill", "encoder/roberta", "seq2seq/transformer", "vision/cnn",
-    "vision/resnet18", "gan/dcgan",
+    "vision/resnet18", "gan/dcgan", "distill/reflow_gmm", "distill/dmd2_gmm",
+    "diffusion/latent",
 )  # fmt: skip
 ONE = Way("ddp", 1, False, False)
 

@@ -13,7 +13,7 @@ from scipy.stats import kstest
 from torch import Tensor
 
 from scaletrain.data.cache import cache_root
-from scaletrain.data.kept import CALLS
+from scaletrain.data.kept import CALLS, pretended
 from scaletrain.data.pairs import Pairs, WithPairs, drawn_labels, drawn_scales, normal
 from scaletrain.data.points import draws
 from scaletrain.data.sources import Rows
@@ -149,3 +149,13 @@ def test_half_precision_is_kept_in_half_the_space() -> None:
         assert found["made"].dtype == torch.float32
         sizes.append(sum(path.stat().st_size for path in cache_root().rglob("made.npy")) - sum(sizes))
     assert sizes[1] < 0.52 * sizes[0]
+
+
+def test_for_plans_what_is_not_made_is_zeros() -> None:
+    pairs = pairs_of()
+    with pretended():
+        found = pairs.take(np.array([3, 70]))
+    assert not found["made"].any()
+    assert found["made"].shape == found["noise"].shape
+    with pytest.raises(UserError, match="is not there"):
+        pairs.take(np.array([3]))
