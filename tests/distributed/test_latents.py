@@ -9,8 +9,8 @@ import torch
 
 from scaletrain.config import NetworkSpec
 from scaletrain.networks.build import build, save
-from tests.distributed.engines import ENGINES, assert_close
-from tests.launch import run
+from tests.distributed.ahead import assert_same_work
+from tests.distributed.engines import ENGINES
 from tests.recipes.tiny import overrides
 
 pytest.importorskip("diffusers")
@@ -29,12 +29,4 @@ def test_two_processes_encode_and_learn_as_one(engine: str, tmp_path: Path, monk
         *("objective.clip=false", "evaluate.batch=4", "checkpoint.every=100 steps", "train.duration=6 steps"),
     ]
     words = ["run", "diffusion/ddpm", *overrides("diffusion/ddpm", tmp_path), *small, "--root", tmp_path]
-    made = []
-    for name, processes in (("one", 1), ("two", 2)):
-        cache = tmp_path / f"cache-{name}"
-        monkeypatch.setenv("SCALETRAIN_CACHE", str(cache))
-        run([*words, "--run", name], processes, variables=ENGINES[engine] if processes > 1 else None)
-        made.append({str(p.relative_to(cache)): p.read_bytes() for p in cache.rglob("latent.npy")})
-    assert len(made[0]) == 4  # three parts to train on, the last shorter, and one that is held out
-    assert made[1] == made[0]
-    assert_close(tmp_path / "two" / "latest", tmp_path / "one" / "latest", rtol=1e-4, atol=1e-5)
+    assert_same_work(words, "latent", ENGINES[engine], tmp_path, monkeypatch)

@@ -12,9 +12,9 @@ from scaletrain.explain import decode
 from scaletrain.recipe import objective_of
 
 
-def decoded(objective: dict[str, Any], teacher: bool = True) -> None:
+def decoded(objective: dict[str, Any], teacher: bool = True) -> Any:
     networks: dict[str, Any] = {"student": {}, **({"teacher": {"type": "mixture"}} if teacher else {})}
-    objective_of(decode(Recipe, {"objective": objective, "networks": networks, "data": {"train": "noise:64"}}))
+    return objective_of(decode(Recipe, {"objective": objective, "networks": networks, "data": {"train": "noise:64"}}))
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,7 @@ def test_a_solver_of_nobody(options: dict[str, Any]) -> None:
     ],
 )
 def test_the_same_keys_where_they_do_something(options: dict[str, Any]) -> None:
-    decoded(options)
+    config = decoded(options).config
+    kept = {key: value for key, value in options.items() if key not in ("type", "times")}
+    assert {key: getattr(config, key) for key in kept} == kept
+    assert "times" not in options or config.times.type == options["times"]
