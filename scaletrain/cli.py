@@ -494,7 +494,7 @@ def encode(
     text: Annotated[str | None, typer.Option(metavar="COLUMN", help="Encode prompts too, by a pipeline.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of a square that pictures are brought to.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows encoded at a time.")] = 32,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a file.")] = 10_000,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows of each file of a folder; 10,000.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     root: Root = Path("checkpoints"),
     verbose: Verbose = False,

@@ -40,6 +40,8 @@ log = logging.getLogger("scaletrain")
 
 _BYTES = 64 << 20
 """Of encoded rows that are in memory before they are written."""
+_ROWS = 10_000
+"""Of a file, by default."""
 _ABOUT = "about.json"
 T = TypeVar("T")
 S = TypeVar("S")
@@ -48,13 +50,13 @@ S = TypeVar("S")
 @dataclass(frozen=True)
 class Options:
     """text: the column with prompts, if they are encoded. size: side of a square, that pictures are brought to; by
-    default that of the run, or as they are. batch: rows encoded at a time. rows: of a file.
+    default that of the run, or as they are. batch: rows encoded at a time. rows: of a file in a folder.
     """
 
     text: str | None = None
     size: int | None = None
     batch: int = 32
-    rows: int = 10_000
+    rows: int | None = None
     dtype: Literal["float32", "float16"] = "float32"
 
 
@@ -135,7 +137,9 @@ def encode(source: str, run: Path | None, data: SourceSpec, out: Path, options: 
         encoders.append(_Texts(pipeline.encoder(device), options.text))
     if not encoders:
         raise UserError(f"`{source}` has no autoencoder, and no --text is given: there is nothing to encode.")
-    per_file = len(rows) if out.suffix == ".parquet" else options.rows
+    if options.rows and out.suffix == ".parquet":
+        raise UserError(f"--rows is for a folder of files, and {out} is one file; leave it out.")
+    per_file = len(rows) if out.suffix == ".parquet" else options.rows or _ROWS
     about = {"source": source, "rows": rows.fingerprint, "latents": latents and latents.autoencoder, **asdict(options)}
     partial = _partial(out, about)
     bounds = [*range(0, len(rows), per_file), len(rows)]

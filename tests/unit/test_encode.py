@@ -131,6 +131,8 @@ def test_other_options_do_not_go_on_with_what_is_left(
     with pytest.raises(Killed):
         encode(str(folder), None, DIGITS, out, Options(rows=30, batch=10))
     encode(str(folder), None, DIGITS, out, Options(rows=30, batch=10, size=16))
+    with pytest.raises(UserError, match="--rows is for a folder of files"):
+        encode(str(folder), None, DIGITS, out.with_name("one.parquet"), Options(rows=30))
     assert len(calls) == 5 + 10
     assert latents(out).shape == (100, 2, 8, 8)
 
